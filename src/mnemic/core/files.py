@@ -1,0 +1,141 @@
+"""Files: safetensors with a JSON header, checksummed, written atomically, never unpickled.
+
+One format serves states, streams and memory weights; the header's `kind` tells them apart. The JSON header sits in
+the safetensors metadata under "mnemic". Its `checksum` is the SHA-256 of the rest of the header and of every
+tensor, so damage anywhere in the file is found when it is read.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import FileFormatError, InputError
+
+FORMAT_VERSION = 1
+MAX_BYTES = 64 * 2**30
+_STALE_SECONDS = 3600
+
+
+def write_file(path: str | os.PathLike, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors and header to `path`: afterwards the file is the new one, or on any failure still the old one.
+
+    Raises:
+        InputError: the folder does not exist, cannot be written, or the disk is full.
+    """
+    stored = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    full = {**header, "kind": kind, "format_version": FORMAT_VERSION}
+    full["checksum"] = _checksum(full, stored)
+    metadata = {"mnemic": json.dumps(full, sort_keys=True)}
+    # safetensors refuses tensors that share storage; distinct copies keep the format simple.
+    stored = {name: t.clone() for name, t in stored.items()}
+    replace_atomically(Path(path), lambda temporary: save_file(stored, temporary, metadata=metadata))
+
+
+def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a temporary file beside `path`, flush it to disk, and move it into place in one step."""
+    folder = path.parent
+    prefix = f".{path.name}.tmp-"
+    try:
+        handle, name = tempfile.mkstemp(prefix=prefix, dir=folder)
+        os.close(handle)
+    except OSError as error:
+        raise InputError(
+            f"Cannot write {path}: {error.strerror} ({folder}). Choose a folder that can be written."
+        ) from error
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_folder(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"Could not write {path}: {error}. The previous file, if any, is untouched; free some space or choose "
+            "another folder."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        _remove_stale(folder, prefix)
+
+
+def read_file(
+    path: str | os.PathLike, kind: str, *, max_bytes: int = MAX_BYTES, device: str | torch.device = "cpu"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file written by `write_file`.
+
+    Raises:
+        FileFormatError: the file is missing, damaged, foreign, too large, of another kind, or of a newer format.
+    """
+    path = Path(path)
+    expected = f"expected a mnemic {kind} file"
+    if not path.is_file():
+        raise FileFormatError(f"{path} does not exist or is no file; {expected}.")
+    if path.stat().st_size > max_bytes:
+        raise FileFormatError(
+            f"{path} has {path.stat().st_size:,} bytes, more than the limit of {max_bytes:,}; raise max_bytes if the "
+            "file is yours."
+        )
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise FileFormatError(f"{path} is damaged or no safetensors file ({error}); {expected}.") from error
+    if "mnemic" not in metadata:
+        raise FileFormatError(f"{path} is a safetensors file that mnemic did not write; {expected}.")
+    try:
+        header = json.loads(metadata["mnemic"])
+        checksum = header.pop("checksum")
+        intact = checksum == _checksum(header, {name: t.cpu() for name, t in tensors.items()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FileFormatError(f"The header of {path} is damaged ({error}); restore the file from a copy.") from error
+    if not intact:
+        raise FileFormatError(f"{path} is damaged: its checksum does not fit its content; restore it from a copy.")
+    if header["format_version"] > FORMAT_VERSION:
+        raise FileFormatError(
+            f"{path} has format version {header['format_version']}; this release reads up to {FORMAT_VERSION}. "
+            "Upgrade mnemic to read it."
+        )
+    if header["kind"] != kind:
+        raise FileFormatError(f"{path} holds a mnemic {header['kind']}, not a {kind}.")
+    return header, tensors
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    # The rename itself must reach the disk; folders cannot be opened for this on Windows.
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_stale(folder: Path, prefix: str) -> None:
+    """Temporary files of savers that were killed; young ones may belong to a saver at work."""
+    for leftover in folder.glob(f"{prefix}*"):
+        try:
+            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                leftover.unlink()
+        except OSError:
+            continue

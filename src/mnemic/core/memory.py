@@ -1,0 +1,222 @@
+"""Memory: one mechanism that reads a state while the host runs and writes it at the end of a segment.
+
+A system is one file: a `MemoryConfig`, a `Memory`, its paper. The module holds parameters and never what it
+remembers: state comes in as an argument and leaves as a result. A memory overrides only the sites it uses.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError, UnknownNameError
+from .state import State
+
+Site = Literal["tokens", "residual"]
+"""Where a memory reads. `tokens`: memory tokens around the segment; `residual`: beside a block's attention."""
+
+
+def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A field of a `MemoryConfig`: its default, its meaning, and the range it must lie in."""
+    return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What fixes a memory besides its weights. Subclasses add fields with `option`.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or a value outside its range or choices.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named settings that differ from the defaults; "default" always exists."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            _check(self.name, f, hints[f.name], getattr(self, f.name))
+        self.validate()
+
+    def validate(self) -> None:
+        """Checks across fields; raises `ConfigError`."""
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> "MemoryConfig":
+        presets = {"default": {}, **cls.presets}
+        if preset not in presets:
+            raise UnknownNameError.of(f"preset of {cls.name}", preset, presets)
+        return cls._build({**presets[preset], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        values = dict(values)
+        version = values.pop("version", cls.version)
+        if version > cls.version:
+            raise ConfigError(f"This {cls.name} configuration has version {version}; this release knows {cls.version}.")
+        return cls._build(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"memory": self.name, "version": self.version, **dataclasses.asdict(self)}
+
+    def replace(self, **overrides: Any) -> Self:
+        return self._build({**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, **overrides})
+
+    @classmethod
+    def _build(cls, values: Mapping[str, Any]) -> Self:
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(str(UnknownNameError.of(f"option of {cls.name}", key, known)))
+        # JSON and TOML have no tuples.
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _check(name: str, f: dataclasses.Field, hint: Any, value: Any) -> None:
+    def fail(expected: str) -> typing.NoReturn:
+        raise ConfigError(f"{name}: {f.name} = {value!r}, expected {expected}. It means: {f.metadata.get('help', '')}")
+
+    options = get_args(hint) if _is_union(hint) else (hint,)
+    literals = [v for o in options if get_origin(o) is Literal for v in get_args(o)]
+    types = tuple(float if o is float else (get_origin(o) or o) for o in options if get_origin(o) is not Literal)
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = value in literals or any(
+        (t is float and numeric)
+        or (t is not float and isinstance(value, t) and (t is bool or not isinstance(value, bool)))
+        for t in types
+    )
+    if not fits:
+        kinds = [t.__name__ for t in types if t is not type(None)] + [repr(v) for v in literals]
+        fail(" or ".join(kinds) + (" or None" if type(None) in types else ""))
+    low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
+    if numeric and ((low is not None and value < low) or (high is not None and value > high)):
+        fail(f"at least {low}" if high is None else f"between {low} and {high}")
+
+
+def _is_union(hint: Any) -> bool:
+    import types
+
+    return get_origin(hint) in (typing.Union, types.UnionType)
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """What a memory may know about its host when it is built.
+
+    hidden_size: width d of the residual stream; num_layers: L; embedding_std: standard deviation of the token
+    embeddings, for memories that start out looking like tokens.
+    """
+
+    hidden_size: int
+    num_layers: int
+    embedding_std: float
+    dtype: torch.dtype
+    device: torch.device
+
+
+Trace = dict[str, Tensor]
+"""What one layer leaves behind for the commit: named tensors (B, tokens, ...)."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What happened in a segment, for `Memory.commit`.
+
+    trace: per layer, what `Memory.residual` returned, over all tokens of the segment in order, (B, T, ...).
+    written: last hidden states (after the host's final norm) of the write tokens, (B, num_write_tokens, d).
+    mask: (B, T) bool, False for padding; None where every token is real.
+    """
+
+    trace: Mapping[int, Trace]
+    written: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Memory(nn.Module):
+    """Base of all memories.
+
+    Class attributes that a system declares:
+        name: as in the registry; config_class; paper: title, year and arXiv number for tables and docs.
+        croppable: the last tokens can be taken back, so assisted decoding may use it.
+        constant_size: the state's bytes do not grow with the tokens read.
+        sliding_window: no commits; each token sees the last `segment` tokens through the KV cache.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[MemoryConfig]]
+    paper: ClassVar[str]
+    croppable: ClassVar[bool] = False
+    constant_size: ClassVar[bool] = True
+    sliding_window: ClassVar[bool] = False
+
+    num_read_tokens: int = 0
+    """Memory tokens in front of each segment."""
+    num_write_tokens: int = 0
+    """Memory tokens behind each complete segment; their last hidden states reach `commit` as `written`."""
+    bidirectional_tokens: bool = False
+    """Memory tokens of one end see each other in both directions."""
+
+    def __init__(self, config: MemoryConfig, host: HostSpec):
+        super().__init__()
+        self.config = config
+        self.host = host
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """The sites this memory reads at: those it overrides."""
+        found: set[Site] = set()
+        if self.num_read_tokens or self.num_write_tokens:
+            found.add("tokens")
+        if type(self).residual is not Memory.residual:
+            found.add("residual")
+        return frozenset(found)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks whose `residual` site this memory uses, in order."""
+        return tuple(range(self.host.num_layers)) if "residual" in self.sites else ()
+
+    @property
+    def identity_at_attach(self) -> bool:
+        """The host's logits are unchanged by a freshly attached memory, segment by segment."""
+        return False
+
+    def commit_every(self, segment: int) -> int:
+        """Tokens between two commits; divides the segment length."""
+        return segment
+
+    def initial_state(self, batch_size: int) -> State:
+        """The state of a stream that has read nothing."""
+        return State()
+
+    def prepare(self, state: State) -> dict[str, Tensor]:
+        """What `residual` needs from the state, batch first, computed once after a commit and not at every token."""
+        return {}
+
+    def tokens(self, state: State) -> tuple[Tensor, Tensor]:
+        """Read and write tokens as input embeddings, (B, num_read_tokens, d) and (B, num_write_tokens, d)."""
+        raise TypeError(f"{type(self).__name__} declares memory tokens and must override `tokens`.")
+
+    def residual(self, x: Tensor, source: Tensor, layer: int, reads: Mapping[str, Tensor]) -> tuple[Tensor, Trace]:
+        """What the attention of block `layer` adds to the residual stream, with the memory's part.
+
+        Args:
+            x: attention output, (B, T, d).
+            source: input of the attention module (the normalised residual stream in pre-norm hosts), (B, T, d).
+            reads: the result of `prepare` on the state that entered.
+        """
+        raise TypeError(f"{type(self).__name__} declares no residual site.")
+
+    def commit(self, state: State, segment: Segment) -> State:
+        """The state after a complete segment."""
+        return state
+
+    def diagnostics(self, state: State, segment: Segment) -> dict[str, Tensor]:
+        """Named scalars per block that tell a living memory from a dead one; empty where there is nothing to tell."""
+        return {}

@@ -1,0 +1,12 @@
+"""Host and memory as one Hugging Face model: anatomy, the segment loop, cache, attach, streams, saving."""
+
+from .attach import add_lora, attach, base_model, detach, freeze_host, is_attached, parameter_report
+from .cache import MemoryCache
+from .host import MemoryHost, MemoryOutput
+from .saving import load, save
+from .stream import Stream
+
+__all__ = [
+    "MemoryCache", "MemoryHost", "MemoryOutput", "Stream", "add_lora", "attach", "base_model", "detach", "freeze_host",
+    "is_attached", "load", "parameter_report", "save",
+]  # fmt: skip

@@ -1,0 +1,118 @@
+"""Anatomy: where a host keeps its decoder layers and their attention, found through what it declares.
+
+Nothing is listed per architecture. The layers are the one `nn.ModuleList` as long as `num_hidden_layers` outside of
+other layers; a layer's attention is its child whose class the host names among its recordable outputs, or whose
+name says so.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..core.errors import HostError
+from ..core.memory import HostSpec
+from .layout import host_spans
+
+_NEEDED = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+_MASKABLE = ("eager", "sdpa")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """layers: the decoder layers, in order; stack: the module that runs them and returns the last hidden state (after
+    the final norm); max_positions: None if unlimited; position_table: positions are learned or fixed vectors, so that
+    they cannot go on past `max_positions`."""
+
+    layers: tuple[nn.Module, ...]
+    stack: nn.Module
+    max_positions: int | None
+    position_table: bool
+
+
+def examine(model: nn.Module) -> Anatomy:
+    """Find what a memory needs in `model`.
+
+    Raises:
+        HostError: naming the host, what is missing, and what would work.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise HostError(f"{name} is no transformers model; a host is a causal language model such as LlamaForCausalLM.")
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise HostError(f"{name} is no decoder-only language model with a vocabulary head, such as LlamaForCausalLM.")
+    accepted = inspect.signature(model.forward).parameters
+    missing = [p for p in _NEEDED if p not in accepted]
+    if missing:
+        raise HostError(f"{name}.forward does not take {', '.join(missing)}; segments of a stream need them.")
+    implementation = model.config._attn_implementation
+    if implementation not in _MASKABLE:
+        raise HostError(
+            f"{name} uses attn_implementation={implementation!r}, which takes no masks for rows at different places; "
+            "load it with attn_implementation='sdpa'. (SDPA runs flash kernels wherever no mask is needed.)"
+        )
+    host_spans(model.config)
+    stack, layers = _decoder_stack(model)
+    config = model.config.get_text_config(decoder=True)
+    relative = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
+    return Anatomy(
+        layers=tuple(layers),
+        stack=stack,
+        max_positions=getattr(config, "max_position_embeddings", None),
+        position_table=not relative,
+    )
+
+
+def host_spec(model: PreTrainedModel) -> HostSpec:
+    """What memories may know about `model`.
+
+    Raises:
+        HostError: token embeddings of another width than the residual stream.
+    """
+    embeddings = model.get_input_embeddings().weight
+    config = model.config.get_text_config(decoder=True)
+    if embeddings.shape[1] != config.hidden_size:
+        raise HostError(
+            f"{type(model).__name__} embeds tokens in {embeddings.shape[1]} dimensions but runs on "
+            f"{config.hidden_size}; memories need both equal."
+        )
+    # On a sample: the whole table of a large host in float32 would cost gigabytes.
+    std = 0.02 if embeddings.is_meta else float(embeddings[:1024].detach().float().std())
+    return HostSpec(
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        embedding_std=std,
+        dtype=embeddings.dtype if embeddings.is_floating_point() else torch.get_default_dtype(),
+        device=embeddings.device,
+    )
+
+
+def _decoder_stack(model: PreTrainedModel) -> tuple[nn.Module, list[nn.Module]]:
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    # Experts of a one-layer host could match too; the outermost list is the stack of layers.
+    outer = [n for n in lists if not any(n.startswith(f"{o}.") for o in lists if o != n)]
+    if len(outer) != 1:
+        found = ", ".join(outer) or "none"
+        raise HostError(
+            f"{type(model).__name__} declares {count} layers; expected one list of that many modules, found {found}."
+        )
+    return model.get_submodule(outer[0].rpartition(".")[0]), list(lists[outer[0]])
+
+
+def attention_of(host: str, layer: nn.Module) -> nn.Module:
+    """The attention module of a decoder layer, where the residual site is.
+
+    Raises:
+        HostError: the layer has none, or several.
+    """
+    children = dict(layer.named_children())
+    found = [n for n, m in children.items() if "attention" in type(m).__name__.lower() and "cross" not in n.lower()]
+    if len(found) != 1:
+        raise HostError(
+            f"{host} has no single attention module in {type(layer).__name__} (children: {', '.join(children)}), so "
+            "the residual site does not exist there. Memories at the site 'tokens' (rmt) may still attach."
+        )
+    return children[found[0]]

@@ -1,0 +1,203 @@
+"""Attach a memory to a host, and detach it again.
+
+Attaching either succeeds as a whole or leaves the host as it was. Before it returns, the model is tried on a dozen
+tokens: a host that ignores masks, positions or keyword arguments is refused with the reason instead of giving wrong
+numbers later.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..core.errors import ConfigError, HostError
+from ..core.memory import Memory, MemoryConfig
+from ..core.registry import memory_class, memory_config
+from . import probe
+from .anatomy import Anatomy, attention_of, examine, host_spec
+from .frame import LastHiddenHook, ResidualHook
+from .host import Attachment, MemoryHost
+from .layout import Layout, host_spans
+
+DEFAULT_SEGMENT = 512
+
+
+def attach(
+    host: Any,
+    memory: str | MemoryConfig = "lm2",
+    *,
+    segment: int | None = None,
+    preset: str | None = None,
+    check: bool = True,
+    **options: Any,
+) -> Any:
+    """Give `host` a memory. The model is changed in place and returned; `detach` gives the host back.
+
+    Args:
+        host: a causal language model of transformers, the same under PEFT, a name or path to load one from, or a
+            config to build a fresh one.
+        memory: a name ("lm2"), a name with preset ("lm2:paper"), or a config.
+        segment: tokens between two writes; by default 512, or what the host's positions allow.
+        preset: for names; by default "attach" for hosts that exist (the host's logits are unchanged at first, where
+            the memory can) and "default" for fresh configs.
+        check: try the model on a few tokens before returning.
+        options: single settings of the memory's config.
+
+    Returns: the model, with `stream()`, `memory` and the host's own interface.
+
+    Raises:
+        UnknownNameError, ConfigError: the memory or its settings. HostError: the host, naming what it lacks.
+    """
+    fresh = isinstance(host, PreTrainedConfig)
+    config = _config_for(memory, preset, fresh, options)
+    model = _model_of(host)
+    base = base_model(model)
+    if is_attached(base):
+        raise HostError(
+            f"This {base.mnemic.host_class.__name__} already has the memory {base.memory.name!r}; detach it first."
+        )
+    anatomy = examine(base)
+    if check:
+        probe.check_host(base, anatomy)
+    training = base.training
+    try:
+        module = memory_class(config.name)(config, host_spec(base))
+        install(base, module, anatomy, segment)
+        if check:
+            probe.check_memory(base)
+    except BaseException:
+        if is_attached(base):
+            detach(base)
+        raise
+    base.train(training)
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Take the memory off; the host is what it was before, bit for bit (its own weights may have been trained).
+
+    Raises:
+        HostError: there is no memory.
+    """
+    base = base_model(model)
+    if not is_attached(base):
+        raise HostError(f"{type(base).__name__} has no memory to detach.")
+    for hook in base.mnemic.hooks:
+        hook.remove()
+    base.__class__ = base.mnemic.host_class
+    del base.memory, base.mnemic
+    return model
+
+
+def is_attached(model: Any) -> bool:
+    return isinstance(base_model(model), MemoryHost)
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def add_lora(model: Any, config: Any) -> Any:
+    """LoRA on a host that has a memory: `peft.get_peft_model`, with the memory still trained.
+
+    PEFT freezes everything that is not its own, the memory included; this puts the memory's flags back.
+    """
+    import peft
+
+    flags = {name: p.requires_grad for name, p in model.memory.named_parameters()}
+    wrapped = peft.get_peft_model(model, config)
+    for name, parameter in model.memory.named_parameters():
+        parameter.requires_grad_(flags[name])
+    return wrapped
+
+
+def freeze_host(model: Any, frozen: bool = True) -> Any:
+    """Train the memory only (or everything again). LoRA weights keep their flags."""
+    for name, parameter in base_model(model).named_parameters():
+        if not name.startswith("memory.") and "lora_" not in name:
+            parameter.requires_grad_(not frozen)
+    return model
+
+
+def parameter_report(model: Any) -> dict[str, dict[str, int]]:
+    """Numbers of parameters: {"host" | "memory" | "lora": {"total", "trainable"}}."""
+    report = {part: {"total": 0, "trainable": 0} for part in ("host", "memory", "lora")}
+    for name, parameter in base_model(model).named_parameters():
+        part = "memory" if name.startswith("memory.") else "lora" if "lora_" in name else "host"
+        report[part]["total"] += parameter.numel()
+        report[part]["trainable"] += parameter.numel() if parameter.requires_grad else 0
+    return report
+
+
+def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: int | None) -> None:
+    """Put the memory in: class, hooks, layout. Undo with `detach`."""
+    name = type(base).__name__
+    if hasattr(base, "memory") or hasattr(base, "mnemic"):
+        raise HostError(f"{name} has an attribute 'memory' or 'mnemic' of its own; those names are ours.")
+    layout = _layout(name, memory, anatomy, segment)
+    attentions = {i: attention_of(name, anatomy.layers[i]) for i in memory.layers}
+    hooks = [a.register_forward_hook(ResidualHook(i), with_kwargs=True) for i, a in attentions.items()]
+    if memory.num_write_tokens:
+        hooks.append(anatomy.stack.register_forward_hook(LastHiddenHook(), with_kwargs=True))
+    host_class = type(base)
+    base.memory = memory
+    base.mnemic = Attachment(
+        host_class=host_class,
+        layout=layout,
+        spans=host_spans(base.config),
+        max_positions=anatomy.max_positions,
+        position_table=anatomy.position_table,
+        hooks=hooks,
+    )
+    # The subclass keeps the host's name: configs and checkpoints record it.
+    base.__class__ = type(host_class.__name__, (MemoryHost, host_class), {"__module__": host_class.__module__})
+
+
+def _layout(name: str, memory: Memory, anatomy: Anatomy, segment: int | None) -> Layout:
+    around = memory.num_read_tokens + memory.num_write_tokens
+    limit = anatomy.max_positions
+    if segment is None:
+        segment = DEFAULT_SEGMENT if limit is None else min(DEFAULT_SEGMENT, limit - around)
+    if not isinstance(segment, int) or isinstance(segment, bool) or segment < 1:
+        raise ConfigError(f"segment = {segment!r}, expected a number of tokens of at least 1.")
+    if limit is not None and segment + around > limit:
+        raise ConfigError(
+            f"A segment of {segment} tokens with {around} memory tokens needs {segment + around} positions, but {name} "
+            f"has {limit}; use segment={max(limit - around, 0)} or less."
+        )
+    return Layout(
+        segment=segment,
+        every=memory.commit_every(segment),
+        window=segment if memory.sliding_window else 0,
+        read=memory.num_read_tokens,
+        write=memory.num_write_tokens,
+        bidirectional=memory.bidirectional_tokens,
+    )
+
+
+def _config_for(memory: str | MemoryConfig, preset: str | None, fresh: bool, options: dict[str, Any]) -> MemoryConfig:
+    if isinstance(memory, str) and preset is None and ":" not in memory and not fresh:
+        known = memory_class(memory).config_class.presets
+        preset = "attach" if "attach" in known else None
+    return memory_config(memory, preset, **options)
+
+
+def _model_of(host: Any) -> Any:
+    if isinstance(host, PreTrainedConfig):
+        try:
+            return AutoModelForCausalLM.from_config(host)
+        except ValueError as error:
+            raise HostError(f"{type(host).__name__} describes no causal language model: {error}") from error
+    if isinstance(host, str | Path):
+        try:
+            return AutoModelForCausalLM.from_pretrained(host)
+        except (OSError, ValueError) as error:
+            raise HostError(
+                f"Cannot load a host from {str(host)!r}: {error} Give a folder saved by transformers, a name on the "
+                "Hugging Face hub (when online), or a config to build a fresh host."
+            ) from error
+    if isinstance(host, torch.nn.Module):
+        return host
+    raise HostError(f"A host is a transformers model, config, name or path; got {type(host).__name__}.")

@@ -1,0 +1,208 @@
+"""The cache of a stream: its state, its open segment, and each row's place in it.
+
+`MemoryCache` is what `generate()` carries between steps and what a stream saves. Inside one step the host sees a
+`SegmentKV`, a view of the open segment's keys and values at the rows' own columns.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..core.errors import InputError, UnsupportedError
+from ..core.state import Rows, State
+from .layout import Layout
+
+
+class KeyValues:
+    """Keys and values of one layer over the columns of the layout, each (B, columns, heads, head width)."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
+
+    def map(self, function) -> "KeyValues":
+        return KeyValues(function(self.keys), function(self.values))
+
+
+class SegmentKV(Cache):
+    """What the host's attention sees during one step: new keys go to each row's columns, all up to `limit` come back."""
+
+    def __init__(self, layers: dict[int, KeyValues], layout: Layout, columns: Tensor, start: int | None, limit: int):
+        super().__init__(layers=[])
+        self.stored, self.layout, self.columns, self.start, self.limit = layers, layout, columns, start, limit
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, heads, Q, e) in; those of the visible columns, (B, heads, limit, e), out."""
+        stored = self.stored.get(layer_idx)
+        if stored is None:
+            stored = KeyValues(self._empty(key_states), self._empty(value_states))
+        stored = KeyValues(self._write(stored.keys, key_states), self._write(stored.values, value_states))
+        self.stored[layer_idx] = stored
+        visible = stored.map(lambda t: t[:, : self.limit].transpose(1, 2))
+        return visible.keys, visible.values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, *args, **kwargs) -> tuple[int, int]:
+        # Hosts that get here would build their own mask and lose the rows' places.
+        raise UnsupportedError("This host builds its attention mask itself although one was given to it.")
+
+    def _empty(self, new: Tensor) -> Tensor:
+        return new.new_zeros(new.shape[0], self.layout.columns, new.shape[1], new.shape[3])
+
+    def _write(self, stored: Tensor, new: Tensor) -> Tensor:
+        new = new.transpose(1, 2)
+        if torch.is_grad_enabled() and (new.requires_grad or stored.requires_grad):
+            rows = torch.arange(new.shape[0], device=new.device)[:, None]
+            return stored.index_put((rows, self.columns), new)
+        if self.start is not None:
+            stored[:, self.start : self.start + new.shape[1]] = new
+        else:
+            rows = torch.arange(new.shape[0], device=new.device)[:, None]
+            stored[rows, self.columns] = new
+        return stored
+
+
+class MemoryCache(Cache):
+    """State, open segment and counters of B streams.
+
+    state: what the memory remembers; None until the first call tells the batch size.
+    reads: `Memory.prepare` of that state, recomputed when absent.
+    open, seen: (B,) int64 on the CPU: tokens in the open segment, tokens read in all.
+    keys_values: per layer, the open segment's.
+    trace: per layer, what the memory keeps of the tokens since the last commit, (B, every, ...).
+    finished: (B,) bool on the CPU: rows that take no more tokens (ended during generation).
+    last_logits: (B, vocabulary) of each row's last token; lets generation start without a prompt.
+    """
+
+    def __init__(self, layout: Layout):
+        super().__init__(layers=[])
+        self.layout = layout
+        self.state: State | None = None
+        self.reads: State | None = None
+        self.open = self.seen = torch.zeros(0, dtype=torch.long)
+        self.finished = torch.zeros(0, dtype=torch.bool)
+        self.keys_values: dict[int, KeyValues] = {}
+        self.trace: dict[int, State] = {}
+        self.last_logits: Tensor | None = None
+        self.columns_given = 0
+        self.replay = False
+
+    def start(self, state: State, batch_size: int) -> None:
+        self.state = state
+        self.open, self.seen = (torch.zeros(batch_size, dtype=torch.long) for _ in range(2))
+        self.finished = torch.zeros(batch_size, dtype=torch.bool)
+
+    @property
+    def started(self) -> bool:
+        return self.state is not None
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.open)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is carried from call to call."""
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    # What transformers asks of a cache
+
+    is_croppable = False
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of input ids that the current `generate()` has given, padding included."""
+        return self.columns_given
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def crop(self, *args, **kwargs) -> None:
+        raise UnsupportedError(
+            "A stream with memory cannot take tokens back: a commit may have used them. Fork the stream before trying "
+            "something, and drop the fork."
+        )
+
+    def activate_past_recording(self) -> None:
+        self.crop()
+
+    def reset(self) -> None:
+        """Forget everything: the next call starts new streams."""
+        self.__init__(self.layout)
+
+    # Rows
+
+    def select(self, rows: Rows) -> "MemoryCache":
+        """A new cache with copies of the given rows, in that order."""
+        twin = self.fork()
+        twin._select(rows)
+        return twin
+
+    def fork(self) -> "MemoryCache":
+        """An independent copy; nothing it reads changes this one."""
+        twin = MemoryCache(self.layout)
+        twin.__dict__.update(self.__dict__)
+        twin.keys_values = {i: kv.map(Tensor.clone) for i, kv in self.keys_values.items()}
+        twin.trace = {i: t.clone() for i, t in self.trace.items()}
+        twin.finished = self.finished.clone()
+        return twin
+
+    @staticmethod
+    def cat(caches: list["MemoryCache"]) -> "MemoryCache":
+        """The rows of several caches of one model, one after another.
+
+        Raises:
+            InputError: nothing to join, or a cache that has not read anything.
+        """
+        if not caches or not all(c.started and c.last_logits is not None for c in caches):
+            raise InputError("Join streams that have each read at least one token.")
+        joined = MemoryCache(caches[0].layout)
+        joined.state = State.cat([c.state for c in caches if c.state is not None])
+        for name in ("open", "seen", "finished", "last_logits"):
+            setattr(joined, name, torch.cat([getattr(c, name) for c in caches]))
+        # A cache without an entry (all its rows stand at a border) contributes zeros: no column of them is visible.
+        for i in sorted({i for c in caches for i in c.keys_values}):
+            like = next(c.keys_values[i] for c in caches if i in c.keys_values)
+            parts = [c.keys_values.get(i) or like.map(_zeros(c.batch_size)) for c in caches]
+            joined.keys_values[i] = KeyValues(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
+        for i in sorted({i for c in caches for i in c.trace}):
+            like = next(c.trace[i] for c in caches if i in c.trace)
+            joined.trace[i] = State.cat([c.trace.get(i) or like.map(_zeros(c.batch_size)) for c in caches])
+        return joined
+
+    def _select(self, rows: Rows) -> None:
+        index = torch.as_tensor(rows, dtype=torch.long)
+        pick = lambda t: t.index_select(0, index.to(t.device))  # noqa: E731
+        if not self.started:
+            return
+        assert self.state is not None
+        self.state = self.state.select(index)
+        self.reads = self.reads.select(index) if self.reads is not None else None
+        self.open, self.seen, self.finished = pick(self.open), pick(self.seen), pick(self.finished)
+        self.keys_values = {i: kv.map(pick) for i, kv in self.keys_values.items()}
+        self.trace = {i: t.select(index) for i, t in self.trace.items()}
+        self.last_logits = None if self.last_logits is None else pick(self.last_logits)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from (self.state or {}).values()
+        for kv in self.keys_values.values():
+            yield from (kv.keys, kv.values)
+        for trace in self.trace.values():
+            yield from trace.values()
+        if self.last_logits is not None:
+            yield self.last_logits
+
+
+def _zeros(batch_size: int):
+    return lambda t: t.new_zeros(batch_size, *t.shape[1:])

@@ -1,0 +1,115 @@
+"""Layout: where the tokens of an open segment stand in the KV cache, and who sees whom.
+
+A row's columns are its places in the segment, whatever the calls it arrived in:
+
+    [ kept window | read tokens | text 0 .. T-1 | write tokens | scratch ]
+
+Every row is at its own column, so padded batches, beams and rows that commit at different times are the same case.
+Padding is written to the scratch column, which no real token sees.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.errors import HostError
+
+SUPPORTED_PATTERNS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """segment: tokens T of a segment; every: tokens between commits; the rest: columns of each kind."""
+
+    segment: int
+    every: int
+    window: int = 0
+    read: int = 0
+    write: int = 0
+    bidirectional: bool = False
+
+    @property
+    def text(self) -> int:
+        """Column of the first text token of a segment."""
+        return self.window + self.read
+
+    @property
+    def scratch(self) -> int:
+        return self.text + self.segment + self.write
+
+    @property
+    def columns(self) -> int:
+        return self.scratch + 1
+
+    @property
+    def positions(self) -> int:
+        """Host positions that one segment takes."""
+        return self.read + self.segment + self.write
+
+    def visible(
+        self, queries: Tensor, keys: Tensor, origin: Tensor | None, host_span: tuple[str, int] | None
+    ) -> Tensor:
+        """Who sees whom, (B, Q, K) bool.
+
+        Args:
+            queries: columns of the queries, (B or 1, Q). keys: columns of the keys, (B or 1, K).
+            origin: tokens read before the open segment, (B,); only with a window.
+            host_span: the host layer's own limit: ("sliding_attention", n) or ("chunked_attention", n).
+        """
+        q, k = queries[:, :, None], keys[:, None, :]
+        seen = k <= q
+        if self.window:
+            assert origin is not None
+            seen = seen & (q - k < self.window) & (k >= self.window - origin[:, None, None])
+        if host_span is not None:
+            kind, size = host_span
+            shift = 0 if origin is None or not self.window else (origin - self.window)[:, None, None]
+            near = q - k < size if kind == "sliding_attention" else (q + shift) // size == (k + shift) // size
+            # The memory is always in sight, however narrow the host's own layers look.
+            seen = seen & (near | (k < self.text) & (k >= self.window))
+        if self.bidirectional:
+            last = self.text + self.segment
+            both_read = (q < self.text) & (k < self.text)
+            both_write = (q >= last) & (k >= last) & (k < self.scratch)
+            seen = seen | both_read | both_write
+        return seen
+
+
+def host_spans(config) -> dict[str, tuple[str, int] | None]:
+    """The kinds of attention a host's layers declare -> their limit; the single key "" where all are of one kind.
+
+    Follows the convention of transformers' `create_masks_for_generate`: a host with `layer_types` takes a dict of
+    masks by type, others one mask.
+
+    Raises:
+        HostError: layers that are not attention, or of a kind whose mask is not known here.
+    """
+    config = config.get_text_config(decoder=True)
+    sizes = {
+        "full_attention": None,
+        "sliding_attention": getattr(config, "sliding_window", None),
+        "chunked_attention": getattr(config, "attention_chunk_size", None),
+    }
+    types = getattr(config, "layer_types", None)
+    if types:
+        unknown = sorted(set(types) - set(SUPPORTED_PATTERNS))
+        if unknown:
+            raise HostError(
+                f"{type(config).__name__} has layers of type {', '.join(unknown)}; segments with their own KV cache "
+                f"need layers of the types {', '.join(SUPPORTED_PATTERNS)}."
+            )
+        return {t: (t, sizes[t]) if sizes[t] else None for t in sorted(set(types))}
+    if sizes["sliding_attention"]:
+        return {"": ("sliding_attention", sizes["sliding_attention"])}
+    if sizes["chunked_attention"]:
+        return {"": ("chunked_attention", sizes["chunked_attention"])}
+    return {"": None}
+
+
+def as_attention_mask(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """(B, Q, K) bool -> the 4-D mask that the host's attention takes."""
+    seen = seen[:, None]
+    if implementation != "eager":
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

@@ -1,0 +1,102 @@
+"""Probes: what a host claims is tried on a few tokens before anything relies on it."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..core.errors import HostError
+from .anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from .host import MemoryHost
+
+_TOKENS = 7
+
+
+def check_host(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Rows at different places, fed in chunks through the segment loop, must get the logits of a plain forward.
+
+    Raises:
+        HostError: the host fails or gives other numbers.
+    """
+    from ..memories.baselines.none import NoMemory, NoneConfig
+    from .anatomy import host_spec
+    from .attach import detach, install
+
+    name = type(model).__name__
+    ids = _ids(model)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits[:, -1]
+            install(model, NoMemory(NoneConfig(), host_spec(model)), anatomy, _TOKENS + 1)
+            try:
+                got = _ragged(model, ids)  # pyright: ignore[reportArgumentType]
+            finally:
+                detach(model)
+    except HostError:
+        raise
+    except Exception as error:
+        raise HostError(
+            f"{name} cannot run segments with rows at different places ({type(error).__name__}: {error}). Hosts whose "
+            "attention takes 4-D masks, position ids and a custom cache work."
+        ) from error
+    finally:
+        model.train(training)
+    error = float((got - expected).abs().max())
+    scale = float(expected.abs().max())
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+    if not error <= tolerance * max(scale, 1.0):
+        raise HostError(
+            f"{name} does not honour masks, positions or the cache it is given: its logits differ by {error:.2g} from "
+            "a plain forward when rows are read in chunks. Memories need a host that does."
+        )
+
+
+def check_memory(model: "MemoryHost") -> None:
+    """The memory's hooks must be reached in every layer that it uses.
+
+    Raises:
+        HostError: the host does not hand keyword arguments down to its attention.
+    """
+    missing = set(model.memory.layers)
+    if not missing:
+        return
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        ids = _ids(model)[:, : min(_TOKENS, model.mnemic.layout.segment)]
+        reads = model.memory.prepare(model.memory.initial_state(ids.shape[0]))
+        _, trace, _ = model._segment_step(ids, reads, None, None, None, 1)
+    model.train(training)
+    missing -= set(trace)
+    if missing:
+        raise HostError(
+            f"{model.mnemic.host_class.__name__} does not hand keyword arguments down to the attention of its layers "
+            f"{sorted(missing)}, so the residual site cannot be reached. Memories at the site 'tokens' (rmt) work."
+        )
+
+
+def _ragged(model: Any, ids: Tensor) -> Tensor:
+    """Row 0 in chunks of 3 and 4 tokens, row 1 in chunks of 5 and 2, both left-padded: last logits (2, V)."""
+    cache, logits = None, None
+    for first, second in (((0, 3), (0, 5)), ((3, 7), (5, 7))):
+        width = max(first[1] - first[0], second[1] - second[0])
+        tokens, mask = torch.zeros_like(ids[:, :width]), torch.zeros_like(ids[:, :width])
+        for row, (start, stop) in enumerate((first, second)):
+            tokens[row, width - (stop - start) :] = ids[row, start:stop]
+            mask[row, width - (stop - start) :] = 1
+        output = model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache, logits = output.past_key_values, output.logits[:, -1]
+    assert logits is not None
+    return logits
+
+
+def _ids(model: PreTrainedModel) -> Tensor:
+    embeddings = model.get_input_embeddings().weight
+    size = embeddings.shape[0]
+    ids = torch.arange(2 * _TOKENS).view(2, _TOKENS) * 31 % max(size - 5, 1) + min(3, size - 1)
+    return (ids % size).to(embeddings.device)

@@ -1,0 +1,161 @@
+"""Saving and loading models with memory: small adapters, or everything.
+
+An adapter folder holds `memory.safetensors` (the memory's weights, its config, and which host it belongs to) and,
+with PEFT, the LoRA files beside it. A whole folder is the host's own `save_pretrained` with the memory's weights
+under `memory.`, and `mnemic.json`. `load` takes either.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from ..core.errors import FileFormatError, HostError, StateError
+from ..core.files import FORMAT_VERSION, read_file, replace_atomically, write_file
+from ..core.registry import config_from_dict
+from .attach import attach, base_model, is_attached
+from .fingerprint import check_fingerprint, fingerprint
+
+ADAPTER, HEADER = "memory.safetensors", "mnemic.json"
+
+
+def save(model: Any, folder: str | os.PathLike, *, whole: bool = False) -> Path:
+    """Save an attached model.
+
+    Args:
+        whole: the host's weights too; otherwise only the memory (and LoRA), and loading needs the same host.
+
+    Raises:
+        HostError: no memory is attached. InputError: the folder cannot be written.
+    """
+    base = base_model(model)
+    if not is_attached(base):
+        raise HostError(f"{type(base).__name__} has no memory; save it with save_pretrained.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    is_peft = base is not model
+    if whole:
+        if is_peft:
+            raise HostError("A model under PEFT is saved as an adapter; merge the LoRA weights first to save it whole.")
+        base.save_pretrained(folder)
+    else:
+        if is_peft:
+            # "auto" would ask the hub whether the vocabulary was resized.
+            model.save_pretrained(folder, save_embedding_layers=False)
+        write_file(folder / ADAPTER, "adapter", describe(base), dict(base.memory.state_dict()))
+    return folder
+
+
+def load(folder: str | os.PathLike, host: Any = None, *, trainable: bool = False, **options: Any) -> Any:
+    """Load what `save` wrote, in one call.
+
+    Args:
+        host: for adapters: the host, or where to load it from; by default the name recorded in the adapter.
+        trainable: for LoRA: keep training it.
+        options: for the host's `from_pretrained` (dtype, device_map, ...).
+
+    Raises:
+        FileFormatError: the folder holds neither, or is damaged. HostError: the host cannot be found.
+        StateError: the host is another one than the adapter was made on.
+    """
+    folder = Path(folder)
+    if (folder / ADAPTER).is_file():
+        return _load_adapter(folder, host, trainable, options)
+    if (folder / HEADER).is_file():
+        return _load_whole(folder, options)
+    raise FileFormatError(f"{folder} holds neither {ADAPTER} nor {HEADER}; expected a folder that mnemic.save wrote.")
+
+
+def describe(base: Any) -> dict[str, Any]:
+    """What identifies an attached model in the header of a file."""
+    return {
+        "memory": base.memory.config.to_dict(),
+        "segment": base.mnemic.layout.segment,
+        "host": {
+            "class": base.mnemic.host_class.__name__,
+            "name": getattr(base.config, "_name_or_path", "") or "",
+            "revision": getattr(base.config, "_commit_hash", None),
+            "fingerprint": fingerprint(base, "host"),
+        },
+        "versions": {"transformers": transformers.__version__},
+    }
+
+
+def write_header(base: Any, folder: str | os.PathLike) -> None:
+    """`mnemic.json`, beside a host saved whole."""
+    header = {**describe(base), "kind": "whole", "format_version": FORMAT_VERSION}
+    text = json.dumps(header, indent=2)
+    replace_atomically(Path(folder) / HEADER, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _load_adapter(folder: Path, host: Any, trainable: bool, options: dict[str, Any]) -> Any:
+    header, tensors = read_file(folder / ADAPTER, "adapter")
+    known = header["host"]
+    if host is None:
+        host = known["name"]
+        if not host:
+            raise HostError(
+                f"The adapter {folder} was made on a {known['class']} without a name; pass host=, the model it was made on."
+            )
+        options = {"revision": known["revision"], **options} if known["revision"] else options
+    if isinstance(host, str | os.PathLike):
+        try:
+            host = AutoModelForCausalLM.from_pretrained(host, **options)
+        except (OSError, ValueError) as error:
+            raise HostError(f"The adapter {folder} needs the host {host!r}, which cannot be loaded: {error}") from error
+    check_fingerprint(base_model(host), "host", known["fingerprint"], f"The adapter {folder}")
+    model = attach(host, config_from_dict(header["memory"]), segment=header["segment"])
+    _fill(model, tensors, folder)
+    if (folder / "adapter_config.json").is_file():
+        import peft
+
+        flags = [p.requires_grad for p in model.memory.parameters()]
+        model = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        for parameter, flag in zip(base_model(model).memory.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+    return model
+
+
+def _load_whole(folder: Path, options: dict[str, Any]) -> Any:
+    try:
+        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        config, segment = config_from_dict(header["memory"]), header["segment"]
+        version = header["format_version"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{folder / HEADER} is damaged ({error}); restore it from a copy.") from error
+    if version > FORMAT_VERSION:
+        raise FileFormatError(f"{folder} has format version {version}; this release reads up to {FORMAT_VERSION}.")
+    level = transformers_logging.get_verbosity()
+    # The memory's weights in the host's file are expected here; transformers would report them as left over.
+    transformers_logging.set_verbosity_error()
+    try:
+        host = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except Exception as error:
+        raise FileFormatError(f"{folder} holds no complete host: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+    model = attach(host, config, segment=segment)
+    _fill(model, _memory_tensors(folder), folder)
+    return model
+
+
+def _memory_tensors(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = [n for n in file.keys() if n.startswith("memory.")]  # noqa: SIM118 - not a dict
+            found.update({n.removeprefix("memory."): file.get_tensor(n) for n in names})
+    return found
+
+
+def _fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        base_model(model).memory.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise StateError(f"The weights in {folder} do not fit the memory that its config describes: {error}") from error

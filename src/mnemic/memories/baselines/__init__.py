@@ -1,0 +1,1 @@
+"""Baselines: what a host does without a memory."""

@@ -1,0 +1,1 @@
+"""Recurrent latent memory: a constant-size state carried from segment to segment."""

@@ -1,0 +1,239 @@
+"""LM2: Large Memory Models (2025, arXiv 2502.06049).
+
+A bank of N slots of the host's width. Beside the attention of every block, tokens read the bank by cross-attention
+and an output gate decides how much reaches the residual stream; at the end of a segment the blocks rewrite the bank
+through an input and a forget gate. Written out (x attention output, M bank, one head):
+
+    read     Q = x W_Q, K = M W_K, V = M W_V;  A = softmax(Q K^T / sqrt(d));  E = A V
+             x <- x + alpha * sigmoid(E W_out + b_out) * E
+    route    R = softmax over tokens of K Q^T / sqrt(d);  X = R x;  C = R E  (+ X W_C: content write)
+    write    M <- sigmoid(X W_in + b_in) * tanh(C) + sigmoid(R E W_forget + b_f) * M
+
+Where this departs from the paper, and why:
+- Tokens of a segment read the bank as it was when the segment began, and the bank is written once it is complete.
+  The printed equations add T x d and N x d matrices and are well typed only for T = N; routing lifts that, and the
+  segment makes the model strictly causal.
+- `content_write`: as printed, token content never enters the bank: values are projections of old memory.
+- `retention`: with one bank for all blocks, the share of it that survives a segment is the product of the blocks'
+  forget gates: 0.5^16 for zero biases. The bias is set so that the product starts at `retention`.
+- `norm`: RMSNorm on queries and slots; without it the routing starts as a plain mean over tokens.
+The preset "paper" switches these three off. "attach" starts as the identity. "reference_compat" is the released
+code's module (see lm2_reference.py).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.errors import ConfigError
+from ...core.memory import HostSpec, Memory, MemoryConfig, Segment, Trace, option
+from ...core.state import State
+from ...ops import slot_bank
+from ...ops.block_linear import BlockLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class LM2Config(MemoryConfig):
+    name = "lm2"
+    presets = {
+        "attach": {"identity_start": True},
+        "paper": {"content_write": False, "norm": False, "retention": "paper", "input_bias": 0.0},
+    }
+
+    num_slots: int = option(64, "slots N of a bank", minimum=1)
+    num_heads: int = option(4, "heads of the cross-attention; must divide the host's width", minimum=1)
+    memory_scope: Literal["shared", "per_layer"] = option("shared", "one bank for all blocks, or one for each")
+    init: Literal["identity", "orthogonal", "learned"] = option(
+        "identity", "first slots: unit vectors (needs slots <= width), random orthogonal directions, or parameters"
+    )
+    memory_layers: int | tuple | None = option(None, "blocks with memory: a list, the first so many, or None for all")
+    top_k: int | None = option(None, "slots that a token reads, or None for all", minimum=1)
+    query_source: Literal["attention", "residual"] = option(
+        "attention", "what reads: the attention's output, or its input (the normalised residual stream)"
+    )
+    content_write: bool = option(True, "let token content into the bank, not only what was read from it")
+    norm: bool = option(True, "RMSNorm on queries and slots before scores are taken")
+    retention: float | Literal["paper", "code"] = option(
+        0.95,
+        "share of a bank kept over a segment at the start; 'paper': forget bias 0, 'code': +1",
+        minimum=0,
+        maximum=1,
+    )
+    input_bias: float = option(-2.0, "bias of the input gate: how willing a new bank is to write")
+    route: Literal["softmax", "competitive", "identity"] = option(
+        "softmax", "how tokens reach slots: slots choose tokens, tokens choose slots, or token i to slot i"
+    )
+    write_scores: Literal["recompute", "read"] = option(
+        "recompute", "with a shared bank, score against the bank as the blocks before left it, or as it was read"
+    )
+    update_every: int | None = option(None, "write after so many tokens instead of once a segment", minimum=1)
+    identity_start: bool = option(False, "learned scale of the memory's part, from 0: the host is unchanged at first")
+    rank: int | None = option(None, "rank of the weight matrices, or None for full", minimum=1)
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> MemoryConfig:
+        if preset == "reference_compat":
+            from .lm2_reference import LM2ReferenceConfig
+
+            return LM2ReferenceConfig.from_preset("default", **overrides)
+        return super().from_preset(preset, **overrides)
+
+    def validate(self) -> None:
+        if isinstance(self.retention, float) and not 0 < self.retention < 1:
+            raise ConfigError(f"lm2: retention = {self.retention}, expected more than 0 and less than 1.")
+        if self.route == "identity" and self.update_every is not None:
+            raise ConfigError("lm2: identity routing needs one slot per token of a segment; leave update_every unset.")
+
+
+class LM2(Memory):
+    name = "lm2"
+    config_class = LM2Config
+    paper = "LM2: Large Memory Models (2025, arXiv 2502.06049)"
+    config: LM2Config
+
+    def __init__(self, config: LM2Config, host: HostSpec):
+        super().__init__(config, host)
+        width, blocks = host.hidden_size, len(self.layers)
+        if width % config.num_heads:
+            raise ConfigError(f"lm2: num_heads = {config.num_heads} does not divide the host's width {width}.")
+        if config.init == "identity" and config.num_slots > width:
+            raise ConfigError(
+                f"lm2: {config.num_slots} slots cannot start as unit vectors of width {width}; use at most {width} "
+                "slots, or init='orthogonal' or 'learned'."
+            )
+        factory = {"dtype": host.dtype, "device": host.device}
+        self._index = {layer: i for i, layer in enumerate(self.layers)}
+        linear = lambda: BlockLinear(blocks, width, config.rank, **factory)  # noqa: E731 - seven of a kind
+        self.query, self.key, self.value = linear(), linear(), linear()
+        self.gate_out, self.gate_in, self.gate_forget = linear(), linear(), linear()
+        self.content = linear() if config.content_write else None
+        self.bias_out = nn.Parameter(torch.zeros(blocks, width, **factory))
+        self.bias_in = nn.Parameter(torch.full((blocks, width), config.input_bias, **factory))
+        self.bias_forget = nn.Parameter(torch.full((blocks, width), self._forget_bias(), **factory))
+        self.query_norm = nn.Parameter(torch.ones(blocks, width, **factory)) if config.norm else None
+        self.slot_norm = nn.Parameter(torch.ones(blocks, width, **factory)) if config.norm else None
+        self.alpha = nn.Parameter(torch.zeros(blocks, **factory)) if config.identity_start else None
+        first = self._first_slots(self.num_banks, width).to(**factory)
+        if config.init == "learned":
+            self.first_slots = nn.Parameter(first)
+        else:
+            self.register_buffer("first_slots", first)
+
+    @property
+    def num_banks(self) -> int:
+        return 1 if self.config.memory_scope == "shared" else len(self.layers)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        chosen, total = self.config.memory_layers, self.host.num_layers
+        layers = tuple(range(total if chosen is None else chosen)) if not isinstance(chosen, tuple) else chosen
+        if any(not isinstance(i, int) or not 0 <= i < total for i in layers) or sorted(set(layers)) != list(layers):
+            raise ConfigError(f"lm2: memory_layers = {chosen!r}, expected increasing block numbers below {total}.")
+        return layers
+
+    @property
+    def identity_at_attach(self) -> bool:
+        return self.config.identity_start or not self.layers
+
+    def commit_every(self, segment: int) -> int:
+        every = self.config.update_every or segment
+        if segment % every:
+            raise ConfigError(f"lm2: update_every = {every} does not divide the segment of {segment} tokens.")
+        if self.config.route == "identity" and every != self.config.num_slots:
+            raise ConfigError(
+                f"lm2: identity routing needs num_slots = segment; got {self.config.num_slots} and {every}."
+            )
+        return every
+
+    def initial_state(self, batch_size: int) -> State:
+        return State({"bank": self.first_slots.expand(batch_size, *self.first_slots.shape)})
+
+    def prepare(self, state: State) -> dict[str, Tensor]:
+        """Keys and values of the slots for every block, (B, blocks, h, N, e)."""
+        bank, width = state["bank"], self.host.hidden_size
+        w_key, w_value = self.key.full(), self.value.full()
+        slots = bank
+        if self.slot_norm is not None:
+            slots = F.rms_norm(bank, (width,))
+            w_key = self.slot_norm[:, :, None] * w_key
+        # (B, banks, N, d) x (blocks, d, d): a shared bank broadcasts over the blocks.
+        keys, values = torch.matmul(slots, w_key), torch.matmul(bank, w_value)
+        heads = self.config.num_heads
+        return {"keys": slot_bank.split_heads(keys, heads), "values": slot_bank.split_heads(values, heads)}
+
+    def residual(self, x: Tensor, source: Tensor, layer: int, reads: Mapping[str, Tensor]) -> tuple[Tensor, Trace]:
+        i = self._index[layer]
+        tokens = x if self.config.query_source == "attention" else source
+        query = self.query(self._normed(tokens, self.query_norm, i), i)
+        read = slot_bank.read(query, reads["keys"][:, i], reads["values"][:, i], self.config.top_k)
+        part = torch.sigmoid(self.gate_out(read, i) + self.bias_out[i]) * read
+        if self.alpha is not None:
+            part = self.alpha[i] * part
+        return x + part, {"tokens": tokens, "query": query, "read": read}
+
+    def commit(self, state: State, segment: Segment) -> State:
+        banks = list(state["bank"].unbind(1))
+        keys = self.prepare(state)["keys"] if self.config.write_scores == "read" else None
+        for layer, i in self._index.items():
+            bank = i if self.config.memory_scope == "per_layer" else 0
+            given = None if keys is None else keys[:, i]
+            banks[bank], _ = self._write(banks[bank], i, segment.trace[layer], segment.mask, given)
+        return State({"bank": torch.stack(banks, dim=1)})
+
+    def diagnostics(self, state: State, segment: Segment) -> dict[str, Tensor]:
+        """Per block: mean gates, entropy of reads over slots relative to its maximum, norm of the bank (per slot)."""
+        found: dict[str, Tensor] = {}
+        banks, reads = list(state["bank"].unbind(1)), self.prepare(state)
+        for layer, i in self._index.items():
+            bank = i if self.config.memory_scope == "per_layer" else 0
+            trace = segment.trace[layer]
+            given = reads["keys"][:, i] if self.config.write_scores == "read" else None
+            banks[bank], gates = self._write(banks[bank], i, trace, segment.mask, given)
+            query = slot_bank.split_heads(trace["query"], self.config.num_heads)
+            weights = slot_bank.attention_weights(query, reads["keys"][:, i], self.config.top_k)
+            entropy = torch.special.entr(weights).sum(-1).mean() / max(math.log(self.config.num_slots), 1e-9)
+            gate_out = torch.sigmoid(self.gate_out(trace["read"], i) + self.bias_out[i])
+            block = {**gates, "gate_out": gate_out, "slot_entropy": entropy, "bank_norm": banks[bank].norm(dim=-1)}
+            found.update({f"block{layer}/{name}": value.detach().float().mean() for name, value in block.items()})
+        return found
+
+    def _write(
+        self, bank: Tensor, i: int, trace: Trace, mask: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The bank (B, N, d) after block i has written, and its gates."""
+        if keys is None:
+            keys = slot_bank.split_heads(self.key(self._normed(bank, self.slot_norm, i), i), self.config.num_heads)
+        (tokens, memory), mass = slot_bank.route(
+            trace["query"], keys, (trace["tokens"], trace["read"]), self.config.route, mask, self.config.top_k
+        )
+        gate_in = torch.sigmoid(self.gate_in(tokens, i) + self.bias_in[i])
+        gate_forget = torch.sigmoid(self.gate_forget(memory, i) + self.bias_forget[i])
+        if mass is not None:
+            gate_in = gate_in * mass.clamp_max(1).unsqueeze(-1)
+        content = memory if self.content is None else memory + self.content(tokens, i)
+        written = gate_in * torch.tanh(content) + gate_forget * bank
+        return written, {"gate_in": gate_in, "gate_forget": gate_forget}
+
+    def _normed(self, x: Tensor, weight: nn.Parameter | None, i: int) -> Tensor:
+        return x if weight is None else F.rms_norm(x, (x.shape[-1],), weight[i])
+
+    def _forget_bias(self) -> float:
+        named = {"paper": 0.0, "code": 1.0}
+        if isinstance(self.config.retention, str):
+            return named[self.config.retention]
+        writers = len(self.layers) if self.config.memory_scope == "shared" else 1
+        kept = self.config.retention ** (1 / max(writers, 1))
+        return math.log(kept / (1 - kept))
+
+    def _first_slots(self, num_banks: int, width: int) -> Tensor:
+        slots = self.config.num_slots
+        if self.config.init == "identity":
+            first = torch.eye(slots, width)
+        else:
+            first = F.normalize(nn.init.orthogonal_(torch.empty(slots, width)), dim=-1)
+        return first.expand(num_banks, slots, width).clone()

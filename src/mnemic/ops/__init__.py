@@ -1,0 +1,1 @@
+"""Tensor operations with references. Nothing here imports the rest of mnemic."""
