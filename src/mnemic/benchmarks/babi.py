@@ -172,7 +172,13 @@ def _read(path: str, _mtime: int, name: str, task: str) -> tuple[BabiSample, ...
                     'en-10k/qa3 train: use size="en" or generated stories.'
                 )
             text = archive.read(entries[0]).decode("utf-8")
-    return tuple(_parse(text, task, f"{where.name}:{name}"))
+    samples = tuple(_parse(text, task, f"{where.name}:{name}"))
+    if not samples:
+        raise DataError(
+            f"{where}: {name} has no question. Expected lines 'ID question<TAB>answer<TAB>IDs'; some copies of bAbI "
+            "v1.2 replaced the tabs: get an unchanged one."
+        )
+    return samples
 
 
 def _parse(text: str, task: str, source: str) -> Iterator[BabiSample]:
@@ -313,7 +319,8 @@ def _ask_object(
     task: str, rng: random.Random, things: dict[str, _Thing]
 ) -> tuple[str, str, tuple[int, ...]] | None:  # fmt: skip
     """A question about one object, or None if what was considered cannot be answered from the told facts."""
-    answerable = [name for name in OBJECTS if _known(task, things[name]) is not None]
+    known = {name: where for name in OBJECTS if (where := _known(task, things[name])) is not None}
+    answerable = list(known)
     if rng.random() < _LAST_HANDLED_SHARE[task]:
         last = max(things, key=lambda key: things[key].handled)
         answerable = [name for name in answerable if name == last]
@@ -322,7 +329,7 @@ def _ask_object(
     name = pick(rng, answerable)
     thing = things[name]
     if task == "qa2":
-        where, line = _known(task, thing)
+        where, line = known[name]
         return f"Where is the {name}? ", where, (thing.handled, line)
     asked = thing.carry[-1][0]
     if rng.random() >= _LAST_PLACE_SHARE:

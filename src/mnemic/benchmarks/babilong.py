@@ -137,8 +137,8 @@ class Babilong:
         if made == 0:
             raise ConfigError(
                 f"None of {skipped} samples of {self.task} fits length {self.length}: the budget is {self.budget} "
-                f"tokens and at most {self.max_n_facts} facts with the question are allowed. Use a larger length, a smaller "
-                "reserve, or max_n_facts=None."
+                f"tokens and at most {self.max_n_facts} facts with the question are allowed. Use a larger length, a "
+                "smaller reserve, or max_n_facts=None."
             )
 
     def _build(self, story: BabiSample, rng: random.Random, reader: Reader) -> BabilongSample | None:
@@ -218,9 +218,10 @@ def open_babilong(
             environment variable MNEMIC_DATA; without either, generated stories and the prose that comes with Python.
         seed: of stories, positions and background.
         count: stop after so many samples.
-        facts: "released" (the bAbI files; test in file order, once; train and validation, the last tenth of the
-            training file, without end in a new order each round; en-10k where the copy has that file, else en), "official-100" (the published subset of the test
-            file, qa1 .. qa5), "generated" (without end), or "auto": released where there is a data folder.
+        facts: "released" (the bAbI files: test in file order, once; train, and as validation the last tenth of the
+            training file, without end in a new order each round; en-10k where the copy has that file, else en),
+            "official-100" (the published subset of the test file, qa1 .. qa5), "generated" (without end), or "auto":
+            released where there is a data folder, else generated.
         background: "books", "prose", "pg19", documents, a shared `Haystack`, or "auto": books where there is a data
             folder, else prose.
         reserve: tokens of N kept for prompt and question; the context has N - reserve.

@@ -72,9 +72,7 @@ class RecallTask:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{option.name} must be a whole number of at least 1; got {value!r}.")
         if self.segment_length < 3:
-            raise ConfigError(
-                f"segment_length must be at least 3, the length of a question; got {self.segment_length}."
-            )
+            raise ConfigError(f"segment_length must be at least 3, as a question; got {self.segment_length}.")
         if self.pairs > self.keys:
             raise ConfigError(f"{self.pairs} pairs need as many different keys; there are {self.keys}.")
 

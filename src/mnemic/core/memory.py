@@ -146,6 +146,7 @@ class Memory(nn.Module):
         croppable: the last tokens can be taken back, so assisted decoding may use it.
         constant_size: the state's bytes do not grow with the tokens read.
         sliding_window: no commits; each token sees the last `segment` tokens through the KV cache.
+        whole_segments: each call brings complete segments for every row; no decoding token by token.
     """
 
     name: ClassVar[str]
@@ -154,6 +155,7 @@ class Memory(nn.Module):
     croppable: ClassVar[bool] = False
     constant_size: ClassVar[bool] = True
     sliding_window: ClassVar[bool] = False
+    whole_segments: ClassVar[bool] = False
 
     num_read_tokens: int = 0
     """Memory tokens in front of each segment."""

@@ -114,14 +114,26 @@ class MemoryHost(_Base):
         cache.columns_given += tokens.shape[1]
 
         aligned = align(tokens, attention_mask, cache.finished)
+        if self.memory.whole_segments and bool((aligned.lengths % self.mnemic.layout.segment).any()):
+            raise InputError(
+                f"The memory {self.memory.name!r} reads whole segments of {self.mnemic.layout.segment} tokens in every "
+                f"row and cannot decode token by token; got rows of {aligned.lengths.tolist()} tokens."
+            )
         layout = self._layout_for(cache, aligned.lengths, persistent)
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
         collector = LogitsCollector(aligned, keep)
         offset, commits = (torch.zeros_like(aligned.lengths) for _ in range(2))
         total = -(-(cache.open % layout.every + aligned.lengths) // layout.every)
         found: list[dict[str, Tensor]] = []
+        checkpointing = self._checkpointing()
         while bool((offset < aligned.lengths).any()):
             piece = next_piece(cache, layout, offset, aligned.lengths, persistent)
+            if checkpointing and not piece.fresh:
+                raise UnsupportedError(
+                    "Activation checkpointing in training drops the cache that this call needs: it reads on from an "
+                    "earlier call, or writes within a segment (update_every). Turn checkpointing off, or call eval() "
+                    "before generating."
+                )
             if truncation is not None and (carried or bool(commits.any())):
                 entering = (piece.take > 0) & (cache.open % layout.every == 0) & (carried | (commits > 0))
                 self._cut(cache, truncation.cuts(commits, total) & entering)
@@ -353,6 +365,20 @@ class MemoryHost(_Base):
         if use_cache is None:
             return bool(getattr(self.config, "use_cache", False)) and not torch.is_grad_enabled()
         return use_cache
+
+    def _checkpointing(self) -> bool:
+        """Whether layers will be replayed in the backward pass; refuses the kind that loses the memory's gradients."""
+        if not self.training:
+            return False
+        replayed = [m for m in self.modules() if getattr(m, "gradient_checkpointing", False)]
+        for module in replayed:
+            replay = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(replay, "keywords", {}).get("use_reentrant"):
+                raise UnsupportedError(
+                    "Activation checkpointing with use_reentrant=True runs layers without autograd first, so gradients "
+                    "through the memory would be lost. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
+        return bool(replayed)
 
     def _check_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):

@@ -68,7 +68,8 @@ def check_memory(model: "MemoryHost") -> None:
     training = model.training
     model.eval()
     with torch.no_grad():
-        ids = _ids(model)[:, : min(_TOKENS, model.mnemic.layout.segment)]
+        segment = model.mnemic.layout.segment
+        ids = _ids(model, segment if model.memory.whole_segments else min(_TOKENS, segment))
         reads = model.memory.prepare(model.memory.initial_state(ids.shape[0]))
         _, trace, _ = model._segment_step(ids, reads, None, None, None, 1)
     model.train(training)
@@ -95,8 +96,8 @@ def _ragged(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def _ids(model: PreTrainedModel) -> Tensor:
+def _ids(model: PreTrainedModel, tokens: int = _TOKENS) -> Tensor:
     embeddings = model.get_input_embeddings().weight
     size = embeddings.shape[0]
-    ids = torch.arange(2 * _TOKENS).view(2, _TOKENS) * 31 % max(size - 5, 1) + min(3, size - 1)
+    ids = torch.arange(2 * tokens).view(2, tokens) * 31 % max(size - 5, 1) + min(3, size - 1)
     return (ids % size).to(embeddings.device)

@@ -32,7 +32,7 @@ def align(tokens: Tensor, attention_mask: Tensor | None, finished: Tensor) -> Al
     """Left-align rows; tokens of finished rows count as padding.
 
     Raises:
-        InputError: a mask that is not (B, n) with n at least the number of columns given.
+        InputError: a mask that is not (B, n) with n at least the number of columns given, or that leaves no token.
     """
     batch, columns = tokens.shape[:2]
     full = torch.full((batch,), columns, dtype=torch.long)
@@ -50,6 +50,8 @@ def align(tokens: Tensor, attention_mask: Tensor | None, finished: Tensor) -> Al
     real = real & ~finished[:, None]
     if real.all():
         return Aligned(tokens, full, None)
+    if not real.any():
+        raise InputError("Every row of this call is padding; give each call at least one real token.")
     order = torch.argsort(~real, dim=1, stable=True).to(tokens.device)
     if tokens.dim() == 3:
         order = order[:, :, None].expand_as(tokens)
@@ -161,8 +163,6 @@ class LogitsCollector:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Logits of the kept columns, (B, keep, V), and of each row's last token, (B, V)."""
-        if not self.parts:
-            raise InputError("Every row of this call is padding; give each call at least one real token.")
         logits = torch.cat(self.parts, dim=1) if len(self.parts) > 1 else self.parts[0]
         if self.aligned.before is None and logits.shape[1] == self.keep:
             return logits, logits[:, -1]

@@ -87,7 +87,9 @@ def route(
         if mask is not None:
             weights = weights * mask[:, None, None, :]
         received = weights.sum(-1, keepdim=True)
-        moved = (weights @ stacked) / received.clamp_min(torch.finfo(weights.dtype).tiny)
+        # Dividing by (nearly) nothing overflows in the backward pass; a slot that nothing addresses gets nothing.
+        empty = received <= torch.finfo(weights.dtype).tiny ** 0.5
+        moved = (weights @ stacked) / received.masked_fill(empty, 1.0)
         mass = received.squeeze(-1).mean(1)
     return tuple(merge_heads(part) for part in moved.chunk(len(contents), dim=-1)), mass
 

@@ -1,0 +1,92 @@
+"""Training examples of the tasks of this package, for `mnemic.training`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+from ..core.errors import ConfigError
+from ..training import Example, SegmentLaw, answer_example
+from .babilong import BabilongSample, open_babilong, prompt
+from .background import named
+from .haystack import Haystack
+from .recall import RecallTask
+
+
+class RecallExamples(IterableDataset):
+    """Endless cross-segment recall; the fact stands in the first segment, so the distance is the number of segments - 1."""
+
+    def __init__(self, task: RecallTask, law: SegmentLaw, seed: int = 0):
+        self.task, self.law, self.seed = task, law, seed
+
+    def __iter__(self) -> Iterator[Example]:
+        generator = torch.Generator().manual_seed(self.seed)
+        counts = self.law.draw(self.seed)
+        while True:
+            n = next(counts)
+            for _ in range(self.law.group - 1):
+                next(counts)
+            batch = self.task.batch(self.law.group, generator, segments=n)
+            for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+                yield Example(input_ids=ids, labels=labels)
+
+
+class BabilongExamples(IterableDataset):
+    """Endless BABILong samples of a whole number of segments, question and answer at the end, loss on the answer.
+
+    The layout of the RMT and ARMT recipes (arXiv 2406.10149): context + question + answer + end token; the context
+    is as long as the segments leave room for.
+
+    Args:
+        tasks: "qa1" ...; drawn in turn. segment: tokens of a segment. law: how many segments a sample has.
+        data: folder with the released files, or None; see `open_babilong`.
+
+    Raises:
+        ConfigError: segments too short for any story.
+    """
+
+    RESERVE = 20
+
+    def __init__(
+        self, tasks: tuple[str, ...], tokenizer: Any, segment: int, law: SegmentLaw, *, data: Any = None, seed: int = 0
+    ):
+        if law.least * segment <= self.RESERVE + 10:
+            raise ConfigError(
+                f"{law.least} segment(s) of {segment} tokens leave no room for a story; train on more segments at "
+                "least, or longer ones."
+            )
+        self.tasks, self.tokenizer, self.segment, self.law, self.seed = tasks, tokenizer, segment, law, seed
+        from .babilong import data_folder
+
+        folder = data_folder(data)
+        background = "books" if folder else "prose"
+        self.haystack = Haystack(named(background, "train", folder), tokenizer)
+        self.data = folder
+
+    def __iter__(self) -> Iterator[Example]:
+        opened: dict[tuple[str, int], Iterator[BabilongSample]] = {}
+        for i, count in enumerate(self.law.draw(self.seed)):
+            key = (self.tasks[i % len(self.tasks)], count)
+            if key not in opened:
+                opened[key] = self._open(*key)
+            sample = next(opened[key])
+            ids = self.tokenizer(prompt(sample))["input_ids"]
+            answer = self.tokenizer(sample.target, add_special_tokens=False)["input_ids"]
+            yield answer_example(ids, [*answer, self.tokenizer.eos_token_id])
+
+    def _open(self, task: str, count: int) -> Iterator[BabilongSample]:
+        return iter(
+            open_babilong(
+                task,
+                count * self.segment,
+                self.tokenizer,
+                "train",
+                data=self.data,
+                seed=self.seed + count,
+                background=self.haystack,
+                reserve=self.RESERVE,
+                # The official bound (an eighth of the budget) would leave short samples without a story.
+                max_n_facts=None,
+            )
+        )
