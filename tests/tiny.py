@@ -36,7 +36,7 @@ HOSTS: dict[str, dict[str, Any]] = {
     "opt": {
         "vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 128, "word_embed_proj_dim": 32, "pad_token_id": 0, "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": 2, "dropout": 0.0,
     },
     "qwen3_moe": {
         **_COMMON, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1,

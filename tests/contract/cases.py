@@ -142,6 +142,15 @@ def assert_states_close(got: Any, expected: Any, atol: float = 1e-4) -> None:
         torch.testing.assert_close(got[name], tensor, atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def checkpointing(model: Any, enabled: bool = True, **options: Any) -> None:
+    """Turn activation checkpointing on or off, under the name that this transformers has for it."""
+    word = "enable" if enabled else "disable"
+    switch = getattr(model, f"activation_checkpointing_{word}", None) or getattr(
+        model, f"gradient_checkpointing_{word}"
+    )
+    switch(*([options] if options else []))
+
+
 def plain_segments(host: PreTrainedModel, ids: Tensor, segment: int = SEGMENT) -> Tensor:
     """Logits of a host without memory, each segment a fresh context."""
     with torch.no_grad():
@@ -150,5 +159,5 @@ def plain_segments(host: PreTrainedModel, ids: Tensor, segment: int = SEGMENT) -
 
 __all__ = [
     "CASES", "CHUNKINGS", "EXCLUDED", "LENGTH", "SEGMENT", "Case", "assert_states_close", "attached", "build", "case",
-    "chunked", "declares", "pairs", "parallel", "plain_segments", "random_ids",
+    "checkpointing", "chunked", "declares", "pairs", "parallel", "plain_segments", "random_ids",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 
 import mnemic
 from mnemic import Truncation
-from tests.contract.cases import CASES, LENGTH, SEGMENT, build, case, pairs, random_ids
+from tests.contract.cases import CASES, LENGTH, SEGMENT, build, case, checkpointing, pairs, random_ids
 
 STATEFUL = [c for c in CASES if c.segmented]
 WHOLE_SEGMENT = [c for c in CASES if c.every == SEGMENT]
@@ -139,7 +139,7 @@ def test_activation_checkpointing_changes_nothing(case, host):
     model = build(case, host).train()
     ids = random_ids(2, LENGTH)
     loss, grads = _backward(model, ids)
-    model.gradient_checkpointing_enable()
+    checkpointing(model)
     again, same = _backward(model, ids)
     torch.testing.assert_close(again, loss, atol=1e-6, rtol=0)
     assert same.keys() == grads.keys()
@@ -153,7 +153,7 @@ def test_activation_checkpointing_of_padded_rows(case, host):
     ids, mask = random_ids(3, LENGTH), torch.ones(3, LENGTH, dtype=torch.long)
     mask[0, :12], mask[2, 20:] = 0, 0
     loss, grads = _backward(model, ids, attention_mask=mask)
-    model.gradient_checkpointing_enable()
+    checkpointing(model)
     again, same = _backward(model, ids, attention_mask=mask)
     torch.testing.assert_close(again, loss, atol=1e-6, rtol=0)
     for name, grad in grads.items():
@@ -165,19 +165,19 @@ def test_checkpointing_refuses_what_it_would_get_wrong(host):
     """Checkpointed layers drop the cache and, if reentrant, the gradients that leave them by the side."""
     ids = random_ids(2, LENGTH)
     model = build(case("lm2_update_every"), host).train()
-    model.gradient_checkpointing_enable()
+    checkpointing(model)
     with pytest.raises(mnemic.UnsupportedError, match="update_every"):
         model(ids, labels=ids)
     with torch.no_grad():
         expected = model.eval()(ids, use_cache=False).logits
-        model.gradient_checkpointing_disable()
+        checkpointing(model, False)
         assert torch.equal(model(ids, use_cache=False).logits, expected)
 
     model = build(case("lm2"), host).train()
-    model.gradient_checkpointing_enable()
+    checkpointing(model)
     with pytest.raises(mnemic.UnsupportedError, match="eval"):
         model.generate(ids, max_new_tokens=2)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpointing(model, use_reentrant=True)
     with pytest.raises(mnemic.UnsupportedError, match="use_reentrant"):
         model(ids, labels=ids)
     model.eval()(ids)
@@ -190,6 +190,6 @@ def test_frozen_host_trains_the_memory(id, host):
     _, grads = _backward(model, random_ids(2, LENGTH))
     assert grads
     assert all(n.startswith("memory.") and g.any() for n, g in grads.items())
-    model.gradient_checkpointing_enable()
+    checkpointing(model)
     _, same = _backward(model, random_ids(2, LENGTH))
     assert all(torch.allclose(same[n], g, atol=1e-6) for n, g in grads.items())

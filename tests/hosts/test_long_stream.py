@@ -130,7 +130,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT / "src"))
     found = measure(arguments.tokens)
-    command = f"OMP_NUM_THREADS=1 python tests/hosts/{Path(__file__).name} --tokens {arguments.tokens} --json FILE"
+    name = Path(__file__).name
+    command = f"OMP_NUM_THREADS=1 python tests/hosts/{name} --tokens {arguments.tokens} --json {arguments.json}"
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({"command": command, **found}, indent=2) + "\n", encoding="utf-8")
 

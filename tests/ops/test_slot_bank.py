@@ -116,7 +116,7 @@ def test_identity_route_hands_tokens_over_and_refuses_other_shapes():
 @pytest.mark.parametrize("rank", [None, 3])
 def test_block_linear_is_a_matrix_product_per_block(rank):
     torch.manual_seed(0)
-    linear = BlockLinear(2, 6, rank, dtype=torch.float64)
+    linear = BlockLinear(2, 6, rank, std=0.5, dtype=torch.float64)
     x = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
     for block in range(2):
         slow = torch.stack([torch.stack([row @ linear.full()[block] for row in batch]) for batch in x])

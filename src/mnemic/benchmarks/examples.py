@@ -25,9 +25,9 @@ class RecallExamples(IterableDataset):
         counts = self.law.draw(self.seed)
         while True:
             n = next(counts)
-            for _ in range(self.law.group - 1):
+            for _ in range(self.law.batch - 1):
                 next(counts)
-            batch = self.task.batch(self.law.group, generator, segments=n)
+            batch = self.task.batch(self.law.batch, generator, segments=n)
             for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
                 yield Example(input_ids=ids, labels=labels)
 

@@ -5,9 +5,11 @@ the safetensors metadata under "mnemic". Its `checksum` is the SHA-256 of the re
 tensor, so damage anywhere in the file is found when it is read.
 """
 
+import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -42,17 +44,17 @@ def write_file(path: str | os.PathLike, kind: str, header: Mapping[str, Any], te
 
 
 def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` on a temporary file beside `path`, flush it to disk, and move it into place in one step."""
+    """Call `write` on a temporary path near `path`, flush the file to disk, and move it into place in one step."""
     folder = path.parent
     prefix = f".{path.name}.tmp-"
     try:
-        handle, name = tempfile.mkstemp(prefix=prefix, dir=folder)
-        os.close(handle)
+        # A folder, since safetensors writes through a temporary file of its own beside the one it is given.
+        room = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
     except OSError as error:
         raise InputError(
             f"Cannot write {path}: {error.strerror} ({folder}). Choose a folder that can be written."
         ) from error
-    temporary = Path(name)
+    temporary = room / path.name
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
@@ -65,7 +67,7 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
             "another folder."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(room, ignore_errors=True)
         _remove_stale(folder, prefix)
 
 
@@ -98,17 +100,18 @@ def read_file(
         header = json.loads(metadata["mnemic"])
         checksum = header.pop("checksum")
         intact = checksum == _checksum(header, {name: t.cpu() for name, t in tensors.items()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        version, found = int(header["format_version"]), header["kind"]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise FileFormatError(f"The header of {path} is damaged ({error}); restore the file from a copy.") from error
     if not intact:
         raise FileFormatError(f"{path} is damaged: its checksum does not fit its content; restore it from a copy.")
-    if header["format_version"] > FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise FileFormatError(
-            f"{path} has format version {header['format_version']}; this release reads up to {FORMAT_VERSION}. "
+            f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}. "
             "Upgrade mnemic to read it."
         )
-    if header["kind"] != kind:
-        raise FileFormatError(f"{path} holds a mnemic {header['kind']}, not a {kind}.")
+    if found != kind:
+        raise FileFormatError(f"{path} holds a mnemic {found}; {expected}.")
     return header, tensors
 
 
@@ -132,10 +135,10 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _remove_stale(folder: Path, prefix: str) -> None:
-    """Temporary files of savers that were killed; young ones may belong to a saver at work."""
-    for leftover in folder.glob(f"{prefix}*"):
+    """Temporary folders of savers that were killed; young ones may belong to a saver at work."""
+    for leftover in folder.glob(f"{glob.escape(prefix)}*"):
         try:
             if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                leftover.unlink()
+                shutil.rmtree(leftover)
         except OSError:
             continue

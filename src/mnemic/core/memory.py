@@ -58,12 +58,16 @@ class MemoryConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         values = dict(values)
         version = values.pop("version", cls.version)
+        if not isinstance(version, int):
+            raise ConfigError(f"A {cls.name} configuration has version {version!r}, expected a whole number.")
         if version > cls.version:
             raise ConfigError(f"This {cls.name} configuration has version {version}; this release knows {cls.version}.")
         return cls._build(values)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"memory": self.name, "version": self.version, **dataclasses.asdict(self)}
+        # Lists for tuples, as JSON gives them back: what was saved must equal what it is compared with.
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {"memory": self.name, "version": self.version, **values}
 
     def replace(self, **overrides: Any) -> Self:
         return self._build({**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, **overrides})
@@ -95,7 +99,8 @@ def _check(name: str, f: dataclasses.Field, hint: Any, value: Any) -> None:
         kinds = [t.__name__ for t in types if t is not type(None)] + [repr(v) for v in literals]
         fail(" or ".join(kinds) + (" or None" if type(None) in types else ""))
     low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
-    if numeric and ((low is not None and value < low) or (high is not None and value > high)):
+    # Written so that NaN is out of every range.
+    if numeric and not ((low is None or value >= low) and (high is None or value <= high)):
         fail(f"at least {low}" if high is None else f"between {low} and {high}")
 
 

@@ -442,9 +442,14 @@ class MemoryHost(_Base):
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, *args: Any, **model_kwargs: Any) -> Any:
         cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, MemoryCache):
-            stopping_criteria = _EndRows(stopping_criteria, cache)
-        return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **model_kwargs)
+        if not isinstance(cache, MemoryCache):
+            return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **model_kwargs)
+        ending = _EndRows(stopping_criteria, cache)
+        try:
+            return super()._sample(input_ids, logits_processor, ending, *args, **model_kwargs)
+        finally:
+            # The cache may be read on: its rows ended for this call only.
+            cache.finished = torch.zeros_like(cache.finished)
 
     # Streams and files
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from ..core.errors import FileFormatError, HostError, StateError
+from ..core.errors import FileFormatError, HostError, InputError, StateError
 from ..core.files import FORMAT_VERSION, read_file, replace_atomically, write_file
 from ..core.registry import config_from_dict
 from .attach import attach, base_model, is_attached
@@ -38,16 +38,22 @@ def save(model: Any, folder: str | os.PathLike, *, whole: bool = False) -> Path:
     if not is_attached(base):
         raise HostError(f"{type(base).__name__} has no memory; save it with save_pretrained.")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     is_peft = base is not model
-    if whole:
-        if is_peft:
-            raise HostError("A model under PEFT is saved as an adapter; merge the LoRA weights first to save it whole.")
-        base.save_pretrained(folder)
-    else:
-        if is_peft:
+    if whole and is_peft:
+        raise HostError("A model under PEFT is saved as an adapter; merge the LoRA weights first to save it whole.")
+    if (folder / (ADAPTER if whole else HEADER)).exists():
+        kinds = ("an adapter", "a whole model") if whole else ("a whole model", "an adapter")
+        raise InputError(f"{folder} holds {kinds[0]}; choose another folder for {kinds[1]}.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if whole:
+            base.save_pretrained(folder)
+        elif is_peft:
             # "auto" would ask the hub whether the vocabulary was resized.
             model.save_pretrained(folder, save_embedding_layers=False)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"Cannot write {folder}: {error}. Choose a folder that can be written.") from error
+    if not whole:
         write_file(folder / ADAPTER, "adapter", describe(base), dict(base.memory.state_dict()))
     return folder
 
@@ -65,6 +71,10 @@ def load(folder: str | os.PathLike, host: Any = None, *, trainable: bool = False
         StateError: the host is another one than the adapter was made on.
     """
     folder = Path(folder)
+    if (folder / ADAPTER).is_file() and (folder / HEADER).is_file():
+        raise FileFormatError(
+            f"{folder} holds an adapter ({ADAPTER}) and a whole model ({HEADER}); move one to a folder of its own."
+        )
     if (folder / ADAPTER).is_file():
         return _load_adapter(folder, host, trainable, options)
     if (folder / HEADER).is_file():
@@ -101,7 +111,8 @@ def _load_adapter(folder: Path, host: Any, trainable: bool, options: dict[str, A
         host = known["name"]
         if not host:
             raise HostError(
-                f"The adapter {folder} was made on a {known['class']} without a name; pass host=, the model it was made on."
+                f"The adapter {folder} was made on a {known['class']} without a name; pass host=, the model it was made "
+                "on."
             )
         options = {"revision": known["revision"], **options} if known["revision"] else options
     if isinstance(host, str | os.PathLike):
@@ -126,8 +137,8 @@ def _load_whole(folder: Path, options: dict[str, Any]) -> Any:
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         config, segment = config_from_dict(header["memory"]), header["segment"]
-        version = header["format_version"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        version = int(header["format_version"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(f"{folder / HEADER} is damaged ({error}); restore it from a copy.") from error
     if version > FORMAT_VERSION:
         raise FileFormatError(f"{folder} has format version {version}; this release reads up to {FORMAT_VERSION}.")

@@ -62,9 +62,9 @@ def align(tokens: Tensor, attention_mask: Tensor | None, finished: Tensor) -> Al
 class Piece:
     """What one step of the host reads: `take[b]` tokens of row b from `offset[b]` on.
 
-    fresh: no keys and values from before are seen or kept; the rows stand in a new segment. read, write: memory
-    tokens take part in front and behind. width: the largest take. done: rows that reach a commit; ended: rows that
-    complete their segment.
+    fresh: no keys and values from before are seen or kept; the rows that take tokens stand in a new segment.
+    read, write: memory tokens take part in front and behind. width: the largest take. done: rows that reach a commit;
+    ended: rows that complete their segment.
     """
 
     offset: Tensor
@@ -85,7 +85,7 @@ def next_piece(cache: MemoryCache, layout: Layout, offset: Tensor, lengths: Tens
     active, after = take > 0, opened + take
     ended = active & (after == layout.segment)
     carried_on = active & ~ended & (persistent | (take < left))
-    fresh = not bool((opened > 0).any() | carried_on.any()) and not (layout.window and persistent)
+    fresh = not bool((active & (opened > 0)).any() | carried_on.any()) and not (layout.window and persistent)
     return Piece(
         offset=offset,
         take=take,

@@ -1,14 +1,17 @@
 """Stream: one running sequence (or a batch of them) at constant memory; what a session saves."""
 
+import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
+from operator import index
 from typing import Any
 
 import torch
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from ..core.errors import FileFormatError, InputError, StateError
 from ..core.files import MAX_BYTES, read_file, write_file
@@ -71,7 +74,8 @@ class Stream:
                 self._tokenizer = AutoTokenizer.from_pretrained(name)
             except (OSError, ValueError) as error:
                 raise InputError(
-                    f"This stream has no tokenizer ({error}); pass tokenizer= to stream(), or give token ids."
+                    f"This stream has no tokenizer ({error}); pass tokenizer= to stream(), or use token ids (and "
+                    "return_ids=True)."
                 ) from error
         return self._tokenizer
 
@@ -143,6 +147,8 @@ class Stream:
             InputError: no prompt and nothing fed. UnsupportedError: decoding modes that take tokens back.
         """
         ids, mask = self._prompt(prompt)
+        # Before anything is read: a stream without a tokenizer cannot hand out text.
+        tokenizer = None if return_ids else self.tokenizer
         copies = max(self._option(options, "num_beams"), self._option(options, "num_return_sequences"))
         work = self.cache if copies == 1 else self.cache.fork()
         replay = prompt is None
@@ -174,7 +180,7 @@ class Stream:
             if not replay:
                 self.feed(ids, attention_mask=mask)
             self.feed(rows[::each])
-        results = rows if return_ids else self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        results = rows if tokenizer is None else tokenizer.batch_decode(rows, skip_special_tokens=True)
         return results[0] if len(results) == 1 else results
 
     def iterate(self, prompt: Text | None = None, **options: Any) -> Iterator[str]:
@@ -183,18 +189,28 @@ class Stream:
             raise InputError("Pieces of text can be followed for one row; generate a batch with generate().")
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
+        left = threading.Event()
+
+        def stop(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            return torch.full((input_ids.shape[0],), left.is_set(), device=input_ids.device)
+
+        criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or ()), stop])
 
         def run() -> None:
             try:
-                self.generate(prompt, streamer=streamer, return_ids=True, **options)
+                self.generate(prompt, streamer=streamer, return_ids=True, stopping_criteria=criteria, **options)
             except BaseException as error:
                 failure.append(error)
                 streamer.end()
 
         worker = threading.Thread(target=run, daemon=True)
         worker.start()
-        yield from (piece for piece in streamer if piece)
-        worker.join()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            # A caller that leaves early gets a stream that nobody writes to any more.
+            left.set()
+            worker.join()
         if failure:
             raise failure[0]
 
@@ -254,7 +270,24 @@ class Stream:
         header, tensors = read_file(path, "stream", max_bytes=max_bytes)
         base: MemoryHost = base_model(model)
         what = f"The stream {path}"
-        mine = base.memory.config.to_dict()
+        try:
+            cls._check_owner(base, header, what)
+            stream = cls(model, len(header["open"]), tokenizer=tokenizer)
+        except (KeyError, TypeError, AttributeError, InputError) as error:
+            raise FileFormatError(f"{what} is incomplete or inconsistent ({error}); restore it from a copy.") from error
+        try:
+            stream._restore(header, {n: stream._here(t) for n, t in tensors.items()})
+        except (KeyError, ValueError, IndexError, RuntimeError, TypeError) as error:
+            raise FileFormatError(f"{what} is incomplete or inconsistent ({error}); restore it from a copy.") from error
+        return stream
+
+    # Inside
+
+    @staticmethod
+    def _check_owner(base: MemoryHost, header: dict[str, Any], what: str) -> None:
+        """Raises `StateError` unless the stream was written with this model's memory, host and weights."""
+        # As the header holds it: JSON has no tuples.
+        mine = json.loads(json.dumps(base.memory.config.to_dict()))
         if header["memory"] != mine:
             theirs = header["memory"]
             differing = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
@@ -266,14 +299,6 @@ class Stream:
             )
         check_fingerprint(base, "host", header["host"]["fingerprint"], what)
         check_fingerprint(base, "memory", header["memory_fingerprint"], what)
-        stream = cls(model, len(header["open"]), tokenizer=tokenizer)
-        try:
-            stream._restore(header, {n: stream._here(t) for n, t in tensors.items()})
-        except (KeyError, ValueError, IndexError, RuntimeError, TypeError) as error:
-            raise FileFormatError(f"{what} is incomplete or inconsistent ({error}); restore it from a copy.") from error
-        return stream
-
-    # Inside
 
     def _new_cache(self) -> MemoryCache:
         cache = MemoryCache(self.base.mnemic.layout)
@@ -295,12 +320,14 @@ class Stream:
     def _restore(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         cache, layout, rows = self.cache, self.cache.layout, self.batch_size
         opened, seen = torch.tensor(header["open"]), torch.tensor(header["seen"])
-        if opened.shape != seen.shape or bool(
-            (opened < 0).any() | (opened >= layout.segment).any() | (seen < opened).any()
-        ):
+        if opened.shape != (rows,) or seen.shape != (rows,) or opened.dtype != torch.long or seen.dtype != torch.long:
+            raise ValueError("counters of the wrong kind")
+        if bool((opened < 0).any() | (opened >= layout.segment).any() | (seen < opened).any()):
             raise ValueError("impossible counters")
         state = State({n.removeprefix("state/"): t for n, t in tensors.items() if n.startswith("state/")})
         self.state._check_same(state)
+        if state.batch_size not in (None, rows):
+            raise ValueError("the state has another number of rows")
         layers = sorted({int(n.split("/")[1]) for n in tensors if n.startswith("keys/")})
         for i in layers:
             keys, values = (self._widened(tensors[f"{kind}/{i}"], layout.columns, rows) for kind in ("keys", "values"))
@@ -359,12 +386,14 @@ class Stream:
         if isinstance(inputs, Tensor):
             ids = inputs.cpu() if inputs.dim() == 2 else inputs.cpu()[None]
             mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu().long()
-            if ids.dim() != 2 or ids.is_floating_point() or mask.shape != ids.shape:
+            if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or mask.shape != ids.shape:
                 raise InputError(
                     f"Ids of shape {tuple(inputs.shape)} and dtype {inputs.dtype} with a mask of shape "
                     f"{tuple(mask.shape)}; expected int64 ids (batch, tokens) and a mask of the same shape."
                 )
         else:
+            if attention_mask is not None:
+                raise InputError("attention_mask goes with a tensor of ids; lists of any lengths need none.")
             ids, mask = self._pad(self._rows(inputs))
         if ids.shape[0] != self.batch_size:
             raise InputError(f"Input of {ids.shape[0]} rows for a stream of {self.batch_size}.")
@@ -376,16 +405,20 @@ class Stream:
     def _rows(self, inputs: Any) -> list[list[int]]:
         texts = [inputs] if isinstance(inputs, str) else inputs
         try:
+            if isinstance(inputs, Mapping):
+                raise TypeError("of a tokenizer's output, give the input_ids")
             if all(isinstance(t, str) for t in texts):
                 begins = not bool(self.cache.seen.any())
                 rows = [self.tokenizer(t, add_special_tokens=begins)["input_ids"] for t in texts]
                 # Some tokenizers add nothing but special tokens to an empty string.
                 return rows if any(texts) else [[]]
-            flat = all(isinstance(t, int) for t in texts)
-            return [list(texts)] if flat else [[int(i) for i in row] for row in texts]
+            flat = all(isinstance(t, Integral) for t in texts)
+            # index() takes the integers of any library and neither floats nor text.
+            return [[index(i) for i in row] for row in ([texts] if flat else texts)]
         except TypeError as error:
             raise InputError(
-                f"Cannot read input of type {type(inputs).__name__} ({error}); expected text, token ids, or a list of either."
+                f"Cannot read input of type {type(inputs).__name__} ({error}); expected text, token ids, or a list of "
+                "either."
             ) from error
 
     @staticmethod

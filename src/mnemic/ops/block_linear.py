@@ -11,7 +11,7 @@ class BlockLinear(nn.Module):
     standard deviation.
     """
 
-    def __init__(self, num_blocks: int, width: int, rank: int | None = None, *, std: float = 0.02, **factory):
+    def __init__(self, num_blocks: int, width: int, rank: int | None = None, *, std: float, **factory):
         super().__init__()
         self.rank = rank
         if rank is None:

@@ -4,6 +4,7 @@ A random number of segments is the default: it is what makes a recurrent memory 
 on (Bulatov et al. 2023, arXiv 2304.11062). The number is drawn once for each batch, so rows of a batch fit together.
 """
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,21 +35,31 @@ def answer_example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
 
 @dataclass(frozen=True)
 class SegmentLaw:
-    """Number of segments of a sample: uniform from `least` to `most`, drawn once for `group` samples."""
+    """Number of segments of a sample: uniform from `least` to the most of the current stage, drawn for a batch at once.
+
+    most: the largest number in each stage of the curriculum; one entry for no curriculum. batch: samples of a batch.
+    stage_batches: batches of a stage; the last stage never ends.
+    """
 
     least: int
-    most: int
-    group: int
+    most: tuple[int, ...]
+    batch: int
+    stage_batches: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.most or self.group < 1:
-            raise ConfigError(f"Segments from {self.least} to {self.most}: expected 1 <= least <= most.")
+        if not self.most or not all(1 <= self.least <= most for most in self.most):
+            raise ConfigError(f"Segments from {self.least} to {self.most}: expected 1 <= least <= most in every stage.")
+        if self.batch < 1 or self.stage_batches < 1:
+            raise ConfigError(
+                f"{self.batch} samples a batch, {self.stage_batches} batches a stage: expected at least 1."
+            )
 
     def draw(self, seed: int) -> Iterator[int]:
         """Endless, one number a sample."""
         rng = random.Random(f"mnemic.segments|{seed}")
-        while True:
-            yield from [rng.randint(self.least, self.most)] * self.group
+        for index in itertools.count():
+            most = self.most[min(index // self.stage_batches, len(self.most) - 1)]
+            yield from [rng.randint(self.least, most)] * self.batch
 
 
 class Collator:

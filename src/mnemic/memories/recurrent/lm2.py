@@ -17,7 +17,11 @@ Where this departs from the paper, and why:
 - `retention`: with one bank for all blocks, the share of it that survives a segment is the product of the blocks'
   forget gates: 0.5^16 for zero biases. The bias is set so that the product starts at `retention`.
 - `norm`: RMSNorm on queries and slots; without it the routing starts as a plain mean over tokens.
-The preset "paper" switches these three off. "attach" starts as the identity. "reference_compat" is the released
+- `query_source`: what reads and is written is the normalised residual stream, the paper's E; the released code takes
+  the attention's output. On cross-segment recall the first learns sooner and holds to 12 segments (0.97 against 0.53
+  after 500 steps on 2 to 4 segments).
+- Weights start as N(0, 1/d), which is the code's 0.02 at its width of 2048 and keeps scores alive at small widths.
+The preset "paper" switches all but the last off. "attach" starts as the identity. "reference_compat" is the released
 code's module (see lm2_reference.py).
 """
 
@@ -42,8 +46,10 @@ class LM2Config(MemoryConfig):
     name = "lm2"
     presets = {
         "attach": {"identity_start": True},
-        "paper": {"content_write": False, "norm": False, "retention": "paper", "input_bias": 0.0},
-    }
+        "paper": {
+            "content_write": False, "norm": False, "retention": "paper", "input_bias": 0.0, "query_source": "attention",
+        },
+    }  # fmt: skip
 
     num_slots: int = option(64, "slots N of a bank", minimum=1)
     num_heads: int = option(4, "heads of the cross-attention; must divide the host's width", minimum=1)
@@ -51,10 +57,12 @@ class LM2Config(MemoryConfig):
     init: Literal["identity", "orthogonal", "learned"] = option(
         "identity", "first slots: unit vectors (needs slots <= width), random orthogonal directions, or parameters"
     )
-    memory_layers: int | tuple | None = option(None, "blocks with memory: a list, the first so many, or None for all")
+    memory_layers: int | tuple | None = option(
+        None, "blocks with memory: a list, the first so many, or None for all", minimum=0
+    )
     top_k: int | None = option(None, "slots that a token reads, or None for all", minimum=1)
     query_source: Literal["attention", "residual"] = option(
-        "attention", "what reads: the attention's output, or its input (the normalised residual stream)"
+        "residual", "what reads and is written: the attention's input (normalised residual stream), or its output"
     )
     content_write: bool = option(True, "let token content into the bank, not only what was read from it")
     norm: bool = option(True, "RMSNorm on queries and slots before scores are taken")
@@ -84,7 +92,7 @@ class LM2Config(MemoryConfig):
         return super().from_preset(preset, **overrides)
 
     def validate(self) -> None:
-        if isinstance(self.retention, float) and not 0 < self.retention < 1:
+        if isinstance(self.retention, int | float) and not 0 < self.retention < 1:
             raise ConfigError(f"lm2: retention = {self.retention}, expected more than 0 and less than 1.")
         if self.route == "identity" and self.update_every is not None:
             raise ConfigError("lm2: identity routing needs one slot per token of a segment; leave update_every unset.")
@@ -108,7 +116,7 @@ class LM2(Memory):
             )
         factory = {"dtype": host.dtype, "device": host.device}
         self._index = {layer: i for i, layer in enumerate(self.layers)}
-        linear = lambda: BlockLinear(blocks, width, config.rank, **factory)  # noqa: E731 - seven of a kind
+        linear = lambda: BlockLinear(blocks, width, config.rank, std=width**-0.5, **factory)  # noqa: E731 - seven of a kind
         self.query, self.key, self.value = linear(), linear(), linear()
         self.gate_out, self.gate_in, self.gate_forget = linear(), linear(), linear()
         self.content = linear() if config.content_write else None
@@ -177,6 +185,8 @@ class LM2(Memory):
         return x + part, {"tokens": tokens, "query": query, "read": read}
 
     def commit(self, state: State, segment: Segment) -> State:
+        if not self.layers:
+            return state
         banks = list(state["bank"].unbind(1))
         keys = self.prepare(state)["keys"] if self.config.write_scores == "read" else None
         for layer, i in self._index.items():

@@ -103,12 +103,15 @@ class LM2Reference(Memory):
     paper = "LM2: Large Memory Models (2025, arXiv 2502.06049), the released code's variant"
     whole_segments = True
     config: LM2ReferenceConfig
+    first_slots: Tensor
 
     def __init__(self, config: LM2ReferenceConfig, host: HostSpec):
         super().__init__(config, host)
         width = host.hidden_size
         if width % config.num_heads:
-            raise ConfigError(f"lm2-reference: num_heads = {config.num_heads} does not divide the host's width {width}.")
+            raise ConfigError(
+                f"lm2-reference: num_heads = {config.num_heads} does not divide the host's width {width}."
+            )
         factory = {"dtype": host.dtype, "device": host.device}
         self.blocks = nn.ModuleList(Block(config, width, **factory) for _ in range(host.num_layers))
         self.register_buffer("first_slots", torch.eye(width, **factory))
@@ -117,8 +120,8 @@ class LM2Reference(Memory):
         width = self.host.hidden_size
         if segment != width:
             raise ConfigError(
-                f"lm2-reference has one slot per token and as many as the host is wide, so segment must be {width}; got "
-                f"{segment}. The memory 'lm2' takes any segment."
+                f"lm2-reference has one slot per token and as many as the host is wide, so segment must be {width}; "
+                f"got {segment}. The memory 'lm2' takes any segment."
             )
         return segment
 
@@ -133,8 +136,8 @@ class LM2Reference(Memory):
         bank = reads.get("below/bank", reads["bank"])
         if x.shape[1] != bank.shape[1]:
             raise InputError(
-                f"lm2-reference reads whole segments of {bank.shape[1]} tokens; got {x.shape[1]}. The memory 'lm2' takes "
-                "any number."
+                f"lm2-reference reads whole segments of {bank.shape[1]} tokens; got {x.shape[1]}. The memory 'lm2' "
+                "takes any number."
             )
         bank = self.blocks[layer](x, bank)
         return x + bank, {"bank": bank}

@@ -1,0 +1,584 @@
+"""Streams: feeding, generating, keeping; each against plain recomputation of everything read so far."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mnemic
+from mnemic import FileFormatError, InputError, StateError, Stream, UnsupportedError
+from tests.hosts.models import MEMORIES, SEGMENT, greedy, logits_of, tiny_model, word_tokenizer, words
+from tests.tiny import VOCABULARY, random_ids
+
+IDS = random_ids(1, 29, seed=5)
+ROW = IDS[0].tolist()
+
+
+@pytest.fixture(scope="module", params=MEMORIES)
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def lm2():
+    return tiny_model("lm2")
+
+
+def close(found, expected, atol=2e-5):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=1e-4)
+
+
+def last(stream):
+    return stream.cache.last_logits
+
+
+def test_what_is_remembered_shows_in_the_logits():
+    # Without this the equalities below would say little.
+    alone = logits_of(tiny_model("none"), IDS)[0, -1]
+    for memory in ("window", "lm2", "rmt"):
+        assert (logits_of(tiny_model(memory), IDS)[0, -1] - alone).abs().max() > 0.05, memory
+
+
+# Feeding
+
+
+FORMS = {
+    "list": lambda: ROW,
+    "row": lambda: IDS[0],
+    "matrix": lambda: IDS,
+    "int32": lambda: IDS.int(),
+    "nested": lambda: [ROW],
+    "list of tensors": lambda: [IDS[0]],
+    "numpy": lambda: IDS[0].numpy(),
+    "numpy matrix": lambda: IDS.numpy(),
+    "tuple": lambda: tuple(ROW),
+    "iterator of lists": lambda: iter([ROW[:3], ROW[3:16], ROW[16:]]),
+    "iterator of tensors": lambda: (IDS[:, i : i + 5] for i in range(0, 29, 5)),
+    "iterator of both": lambda: iter([ROW[:8], IDS[0, 8:9], [ROW[9:24]], IDS[:, 24:]]),
+    "text": lambda: words(ROW),
+    "list of text": lambda: [words(ROW)],
+    "iterator of text": lambda: iter([words(ROW[:7]), words(ROW[7:8]), words(ROW[8:])]),
+    "iterator of text and ids": lambda: iter([words(ROW[:7]), ROW[7:20], IDS[:, 20:]]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_feed_takes_text_and_ids_in_every_form(model, form):
+    stream = model.stream(tokenizer=word_tokenizer())
+    logits = stream.feed(FORMS[form](), return_logits=True)
+    assert stream.tokens_seen == 29
+    close(logits, logits_of(model, IDS))
+    close(last(stream), logits[:, -1])
+
+
+@pytest.mark.parametrize("count", [1, SEGMENT - 1, SEGMENT, 2 * SEGMENT, 16 * SEGMENT, 17 * SEGMENT + 3])
+def test_logits_of_feeding_are_those_of_one_call(model, count):
+    ids = random_ids(1, count, seed=count)
+    logits = model.stream().feed(ids, return_logits=True)
+    assert logits.shape == (1, count, VOCABULARY)
+    close(logits, logits_of(model, ids))
+
+
+def test_feeding_returns_the_stream(lm2):
+    stream = lm2.stream()
+    assert stream.feed(ROW[:3]).feed(ROW[3:]) is stream
+    close(last(stream), logits_of(lm2, IDS)[:, -1])
+
+
+def test_rows_of_different_lengths_are_read_side_by_side(model):
+    rows = [random_ids(n, seed=n).tolist() for n in (3, 17, 150)]
+    more = [random_ids(n, seed=9 + n).tolist() for n in (9, 0, 8)]
+    batch = model.stream(3)
+    first = batch.feed(rows, return_logits=True)
+    assert first.shape == (3, 150, VOCABULARY)
+    assert batch.tokens_seen == [3, 17, 150]
+    second = batch.feed(more, return_logits=True)
+    assert batch.tokens_seen == [12, 17, 158]
+    for i, (row, then) in enumerate(zip(rows, more, strict=True)):
+        alone = logits_of(model, torch.tensor([row + then]))[0]
+        close(first[i, 150 - len(row) :], alone[: len(row)])
+        assert bool((first[i, : 150 - len(row)] == 0).all())
+        close(second[i, 9 - len(then) :], alone[len(row) :])
+        close(last(batch)[i], alone[-1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tensor_with_a_mask_pads_on_either_side(model, side):
+    lengths, width = (4, 140), 140
+    ids, mask = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.long)
+    for i, n in enumerate(lengths):
+        place = slice(0, n) if side == "right" else slice(width - n, width)
+        ids[i, place], mask[i, place] = random_ids(n, seed=n), 1
+    batch = model.stream(2)
+    logits = batch.feed(ids, attention_mask=mask, return_logits=True)
+    assert batch.tokens_seen == [4, 140]
+    for i, n in enumerate(lengths):
+        alone = logits_of(model, random_ids(n, seed=n)[None])[0]
+        close(logits[i][mask[i] == 1], alone)
+        close(last(batch)[i], alone[-1])
+
+
+def test_columns_that_are_padding_in_every_row_cost_nothing(lm2):
+    # More padding than one call reads: the first calls hold no token at all.
+    ids = torch.cat([torch.zeros(1, 16 * SEGMENT + 5, dtype=torch.long), IDS], dim=1)
+    mask = torch.cat([torch.zeros(1, 16 * SEGMENT + 5), torch.ones(1, 29)], dim=1)
+    stream = lm2.stream()
+    logits = stream.feed(ids, attention_mask=mask, return_logits=True)
+    assert logits.shape[1] == ids.shape[1]
+    assert stream.tokens_seen == 29
+    close(logits[:, -29:], logits_of(lm2, IDS))
+
+
+def test_special_tokens_stand_at_the_start_of_a_stream_only(lm2):
+    stream = lm2.stream(tokenizer=word_tokenizer(bos=True))
+    stream.feed(words(ROW[:4])).feed(words(ROW[4:9]))
+    assert stream.tokens_seen == 10
+    close(last(stream), logits_of(lm2, torch.tensor([[1, *ROW[:9]]]))[:, -1])
+    assert stream.reset().feed(words(ROW[:2])).tokens_seen == 3
+
+
+def test_progress_is_shown_on_request(lm2, capsys):
+    lm2.stream().feed(ROW)
+    assert capsys.readouterr().out == ""
+    lm2.stream().feed(ROW, progress=True)
+    assert "tokens" in capsys.readouterr().out
+
+
+def test_bytes_carried_are_constant_after_the_first_segment(model):
+    stream, found = model.stream(), []
+    stream.feed(ROW[: SEGMENT + 1])
+    for i in range(40):
+        stream.feed([3 + i % 50] * (1 + i % 5))
+        found.append(stream.state_bytes)
+    assert set(found) == {found[0]}
+    assert found[0] > 0
+    assert stream.tokens_seen == SEGMENT + 1 + sum(1 + i % 5 for i in range(40))
+
+
+# Generating
+
+
+def test_generating_twice_is_one_long_recomputation(model):
+    stream = model.stream()
+    first = stream.generate(IDS[:, :11], max_new_tokens=9, return_ids=True)
+    assert first == greedy(model, IDS[:, :11], 9)
+    assert stream.tokens_seen == 20
+    second = stream.generate(IDS[:, 11:], max_new_tokens=10, return_ids=True)
+    history = torch.tensor([ROW[:11] + first + ROW[11:]])
+    assert second == greedy(model, history, 10)
+    assert stream.tokens_seen == 48
+    close(last(stream), logits_of(model, torch.tensor([history[0].tolist() + second]))[:, -1])
+
+
+@pytest.mark.parametrize("count", [1, SEGMENT - 1, SEGMENT, 20])
+def test_without_a_prompt_it_goes_on_from_what_was_fed(model, count):
+    fed = model.stream().feed(IDS[:, :count])
+    seen = fed.tokens_seen
+    found = fed.generate(max_new_tokens=12, return_ids=True)
+    assert found == model.stream().generate(IDS[:, :count], max_new_tokens=12, return_ids=True)
+    assert found == greedy(model, IDS[:, :count], 12)
+    assert fed.tokens_seen == seen + 12
+    # And once more, in two steps.
+    assert fed.generate(max_new_tokens=3, return_ids=True) == greedy(
+        model, torch.tensor([ROW[:count] + found]), 3
+    )  # fmt: skip
+
+
+def test_one_new_token(model):
+    stream = model.stream().feed(IDS)
+    assert stream.generate(max_new_tokens=1, return_ids=True) == greedy(model, IDS, 1)
+    assert stream.tokens_seen == 30
+
+
+def test_text_in_text_out(lm2):
+    stream = lm2.stream(tokenizer=word_tokenizer())
+    answer = stream.generate(words(ROW), max_new_tokens=6)
+    assert answer == words(greedy(lm2, IDS, 6))
+    batch = lm2.stream(2, tokenizer=word_tokenizer())
+    answers = batch.generate([words(ROW[:5]), words(ROW)], max_new_tokens=6)
+    assert answers == [words(greedy(lm2, IDS[:, :5], 6)), answer]
+
+
+def test_a_batch_is_its_rows_alone(model):
+    prompts = [ROW[:4], ROW[:17], ROW]
+    batch = model.stream(3)
+    expected = [greedy(model, torch.tensor([p]), 9) for p in prompts]
+    assert batch.generate(prompts, max_new_tokens=9, return_ids=True) == expected
+    assert batch.tokens_seen == [13, 26, 38]
+    again = batch.generate(max_new_tokens=4, return_ids=True)
+    assert again == [greedy(model, torch.tensor([p + e]), 4) for p, e in zip(prompts, expected, strict=True)]
+
+
+def test_rows_end_for_themselves(model):
+    prompts = [ROW[:4], ROW]
+    plain = [greedy(model, torch.tensor([p]), 9) for p in prompts]
+    end = next(t for t in plain[0] if t not in plain[1])
+    stop = plain[0].index(end) + 1
+    batch = model.stream(2)
+    found = batch.generate(prompts, max_new_tokens=9, eos_token_id=end, pad_token_id=0, return_ids=True)
+    assert found == [plain[0][:stop], plain[1]]
+    assert batch.tokens_seen == [4 + stop, 38]
+    # Both go on: the row that ended has read its end and nothing behind it.
+    then = batch.generate(max_new_tokens=3, return_ids=True)
+    assert then == [greedy(model, torch.tensor([p + f]), 3) for p, f in zip(prompts, found, strict=True)]
+
+
+def test_sampling_follows_the_seed(model):
+    def sample(seed):
+        stream = model.stream().feed(IDS)
+        torch.manual_seed(seed)
+        return stream.generate(max_new_tokens=12, do_sample=True, temperature=2.0, top_k=0, return_ids=True)
+
+    assert sample(1) == sample(1)
+    assert len({tuple(sample(seed)) for seed in range(4)}) == 4
+    stream = model.stream().feed(IDS)
+    found = stream.generate(max_new_tokens=5, do_sample=True, top_k=1, return_ids=True)
+    assert found == greedy(model, IDS, 5)
+
+
+@pytest.mark.parametrize("fed", [0, 13, 29])
+def test_beams_equal_those_of_the_model(model, fed):
+    with torch.no_grad():
+        expected = model.generate(IDS, max_new_tokens=9, num_beams=3)[0, 29:].tolist()
+    stream = model.stream()
+    if fed:
+        stream.feed(IDS[:, :fed])
+    prompt = IDS[:, fed:] if fed < 29 else None
+    assert stream.generate(prompt, max_new_tokens=9, num_beams=3, return_ids=True) == expected
+    assert stream.tokens_seen == 38
+    close(last(stream), logits_of(model, torch.tensor([ROW + expected]))[:, -1])
+
+
+def test_beams_of_a_batch(lm2):
+    prompts = [ROW[:4], ROW]
+    found = lm2.stream(2).generate(prompts, max_new_tokens=7, num_beams=3, return_ids=True)
+    for row, prompt in zip(found, prompts, strict=True):
+        assert row == lm2.stream().generate(prompt, max_new_tokens=7, num_beams=3, return_ids=True)
+
+
+def test_several_answers_and_the_stream_follows_the_first(model):
+    stream = model.stream().feed(IDS)
+    torch.manual_seed(3)
+    rows = stream.generate(max_new_tokens=6, do_sample=True, num_return_sequences=3, top_k=0, return_ids=True)
+    assert len(rows) == 3
+    assert all(len(row) == 6 for row in rows)
+    assert rows[0] != rows[1]
+    assert stream.tokens_seen == 35
+    close(last(stream), logits_of(model, torch.tensor([ROW + rows[0]]))[:, -1])
+    beams = model.stream().generate(ROW, max_new_tokens=6, num_beams=4, num_return_sequences=2, return_ids=True)
+    with torch.no_grad():
+        assert beams == model.generate(IDS, max_new_tokens=6, num_beams=4, num_return_sequences=2)[:, 29:].tolist()
+
+
+def test_a_generation_config_is_taken(lm2):
+    config = lm2.generation_config.__class__(max_new_tokens=4, num_beams=3, pad_token_id=0)
+    stream = lm2.stream()
+    assert stream.generate(ROW, generation_config=config, return_ids=True) == lm2.stream().generate(
+        ROW, max_new_tokens=4, num_beams=3, return_ids=True
+    )
+    assert stream.tokens_seen == 33
+
+
+class Collector:
+    def __init__(self):
+        self.pieces, self.ended = [], False
+
+    def put(self, value):
+        self.pieces.append(value.reshape(-1).tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_gets_the_tokens(lm2):
+    streamer = Collector()
+    found = lm2.stream().generate(ROW, max_new_tokens=5, streamer=streamer, return_ids=True)
+    assert streamer.pieces == [ROW, *[[t] for t in found]]
+    assert streamer.ended
+
+
+@pytest.mark.parametrize("fed", [True, False])
+def test_iterate_yields_the_text_of_generate(model, fed):
+    tokenizer = word_tokenizer()
+    expected = model.stream(tokenizer=tokenizer).generate(words(ROW), max_new_tokens=8)
+    stream = model.stream(tokenizer=tokenizer)
+    if fed:
+        stream.feed(ROW)
+    pieces = list(stream.iterate(None if fed else words(ROW), max_new_tokens=8))
+    assert len(pieces) > 1
+    assert "".join(pieces) == expected
+    assert stream.tokens_seen == 37
+
+
+def test_iterate_that_is_left_early_leaves_a_stream_to_go_on_with(lm2):
+    stream = lm2.stream(tokenizer=word_tokenizer())
+    pieces = stream.iterate(words(ROW), max_new_tokens=5000)
+    next(pieces)
+    pieces.close()
+    count = stream.tokens_seen - 29
+    # Nothing writes to it any more, and it did not have to generate everything first.
+    assert 1 <= count < 5000
+    history = torch.tensor([ROW + greedy(lm2, IDS, count)]) if count < 200 else None
+    if history is not None:
+        close(last(stream), logits_of(lm2, history)[:, -1])
+    assert stream.tokens_seen - 29 == count
+
+
+def test_iterate_hands_on_errors(lm2):
+    with pytest.raises(InputError, match="Nothing to continue"):
+        list(lm2.stream(tokenizer=word_tokenizer()).iterate(max_new_tokens=3))
+    with pytest.raises(InputError, match="one row"):
+        list(lm2.stream(2, tokenizer=word_tokenizer()).iterate(max_new_tokens=3))
+
+
+def test_decoding_that_takes_tokens_back_is_refused(lm2):
+    stream = lm2.stream().feed(ROW)
+    with pytest.raises(UnsupportedError, match=r"prompt_lookup_num_tokens.*'lm2'"):
+        stream.generate(max_new_tokens=3, prompt_lookup_num_tokens=2, return_ids=True)
+    assert stream.generate(max_new_tokens=3, return_ids=True) == greedy(lm2, IDS, 3)
+
+
+# Keeping
+
+
+def test_reset_forgets_everything(model):
+    stream = model.stream().feed(random_ids(1, 50, seed=2))
+    stream.reset()
+    assert stream.tokens_seen == 0
+    close(stream.feed(IDS, return_logits=True), logits_of(model, IDS))
+
+
+def test_a_fork_is_independent(model):
+    stream = model.stream().feed(IDS[:, :13])
+    twin = stream.fork()
+    twin.feed(random_ids(1, 20, seed=8))
+    assert stream.tokens_seen == 13
+    close(stream.feed(IDS[:, 13:], return_logits=True), logits_of(model, IDS)[:, 13:])
+    third = twin.fork()
+    stream.feed(ROW)
+    both = [s.generate(max_new_tokens=5, return_ids=True) for s in (twin, third)]
+    assert both[0] == both[1] == greedy(model, torch.cat([IDS[:, :13], random_ids(1, 20, seed=8)], 1), 5)
+
+
+def test_select_copies_rows(model):
+    rows = [ROW[:5], ROW[:19], ROW[3:]]
+    batch = model.stream(3).feed(rows)
+    chosen = batch.select([2, 0, 2])
+    assert chosen.tokens_seen == [26, 5, 26]
+    found = chosen.generate(max_new_tokens=5, return_ids=True)
+    expected = [greedy(model, torch.tensor([r]), 5) for r in rows]
+    assert found == [expected[2], expected[0], expected[2]]
+    assert batch.tokens_seen == [5, 19, 26]
+    assert batch.select(torch.tensor([1])).generate(max_new_tokens=5, return_ids=True) == expected[1]
+
+
+def test_streams_at_different_places_join(model):
+    # At a border, inside the first segment, inside a later one, and a batch that is itself not in step.
+    parts = [model.stream().feed(ROW[:16]), model.stream().feed(ROW[:3]), model.stream().feed(ROW)]
+    parts.append(model.stream(2).feed([ROW[:9], ROW[5:25]]))
+    histories = [ROW[:16], ROW[:3], ROW, ROW[:9], ROW[5:25]]
+    batch = Stream.cat(parts)
+    assert batch.tokens_seen == [16, 3, 29, 9, 20]
+    found = batch.generate(max_new_tokens=12, return_ids=True)
+    assert found == [greedy(model, torch.tensor([h]), 12) for h in histories]
+    assert [p.tokens_seen for p in parts] == [16, 3, 29, [9, 20]]
+    assert parts[2].generate(max_new_tokens=12, return_ids=True) == found[2]
+    # And apart again.
+    again = batch.select([1]).generate(max_new_tokens=3, return_ids=True)
+    assert again == greedy(model, torch.tensor([ROW[:3] + found[1]]), 3)
+
+
+def test_joining_needs_streams_of_one_model_that_have_read(lm2):
+    with pytest.raises(InputError, match="of one model"):
+        Stream.cat([lm2.stream().feed(ROW), tiny_model("lm2").stream().feed(ROW)])
+    with pytest.raises(InputError, match="at least one"):
+        Stream.cat([])
+    with pytest.raises(InputError, match="at least one token"):
+        Stream.cat([lm2.stream().feed(ROW), lm2.stream()])
+
+
+@pytest.mark.parametrize("count", [3, SEGMENT, 2 * SEGMENT, 29])
+def test_save_and_load_are_exact(model, count, tmp_path):
+    stream = model.stream().feed(IDS[:, :count])
+    stream.save(tmp_path / "a.mnemic")
+    loaded = model.stream(load=tmp_path / "a.mnemic")
+    assert loaded.tokens_seen == count
+    assert torch.equal(last(loaded), last(stream))
+    assert loaded.state.equal(stream.state)
+    more = random_ids(1, 21, seed=11)
+    assert torch.equal(loaded.feed(more, return_logits=True), stream.feed(more, return_logits=True))
+    assert loaded.generate(max_new_tokens=5, return_ids=True) == stream.generate(max_new_tokens=5, return_ids=True)
+
+
+def test_a_batch_that_is_not_in_step_is_saved_and_loaded(model, tmp_path):
+    rows = [ROW[:4], ROW[:16], ROW]
+    batch = model.stream(3).feed(rows)
+    batch.save(tmp_path / "b.mnemic")
+    loaded = model.stream(load=str(tmp_path / "b.mnemic"))
+    assert loaded.tokens_seen == [4, 16, 29]
+    more = random_ids(3, 13, seed=12)
+    assert torch.equal(loaded.feed(more, return_logits=True), batch.feed(more, return_logits=True))
+
+
+def test_saving_over_a_file_replaces_it(lm2, tmp_path):
+    stream = lm2.stream().feed(ROW[:5])
+    stream.save(tmp_path / "a.mnemic")
+    stream.feed(ROW[5:])
+    stream.save(tmp_path / "a.mnemic")
+    assert lm2.stream(load=tmp_path / "a.mnemic").tokens_seen == 29
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mnemic"]
+
+
+def test_settings_that_json_spells_otherwise_are_still_the_same(tmp_path):
+    model = tiny_model("lm2", memory_layers=(1,))
+    model.stream().feed(ROW).save(tmp_path / "a.mnemic")
+    assert model.stream(load=tmp_path / "a.mnemic").tokens_seen == 29
+    with pytest.raises(StateError, match=r"memory_layers: \[1\] there, None here"):
+        tiny_model("lm2").stream(load=tmp_path / "a.mnemic")
+
+
+def test_an_empty_stream_is_not_saved(lm2, tmp_path):
+    with pytest.raises(InputError, match="read nothing"):
+        lm2.stream().save(tmp_path / "a.mnemic")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_files_move_between_dtypes(memory, tmp_path):
+    wide, narrow = tiny_model(memory), tiny_model(memory).to(torch.bfloat16)
+    more = random_ids(1, 9, seed=4)
+    wide.stream().feed(IDS).save(tmp_path / "wide.mnemic")
+    stream = narrow.stream(load=tmp_path / "wide.mnemic")
+    assert last(stream).dtype == torch.bfloat16
+    found = stream.feed(more, return_logits=True).float()
+    expected = logits_of(wide, torch.cat([IDS, more], 1))[:, 29:]
+    # What the host itself loses in bfloat16 is the yardstick.
+    yardstick = (narrow.stream().feed(torch.cat([IDS, more], 1), return_logits=True).float()[:, 29:] - expected).abs()
+    assert (found - expected).abs().max() <= 1.5 * yardstick.max() + 0.02
+    narrow.stream().feed(IDS).save(tmp_path / "narrow.mnemic")
+    back = wide.stream(load=tmp_path / "narrow.mnemic")
+    assert last(back).dtype == torch.float32
+    assert (back.feed(more, return_logits=True) - expected).abs().max() <= 1.5 * yardstick.max() + 0.02
+
+
+PROCESS = """
+import json, sys
+import mnemic
+model = mnemic.load(sys.argv[1])
+found = {}
+for path in sys.argv[2:]:
+    stream = model.stream(load=path)
+    seen, answer = stream.tokens_seen, stream.generate(max_new_tokens=9, return_ids=True)
+    found[path] = [seen, answer, stream.cache.last_logits.tolist()]
+print(json.dumps(found))
+"""
+
+
+def test_a_new_process_gives_the_same_answer(lm2, tmp_path):
+    mnemic.save(lm2, tmp_path / "model", whole=True)
+    streams = {str(tmp_path / f"{n}.mnemic"): lm2.stream().feed(IDS[:, :n]) for n in (5, 16, 29)}
+    for path, stream in streams.items():
+        stream.save(path)
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, str(tmp_path / "model"), *streams],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    for path, stream in streams.items():
+        seen = stream.tokens_seen
+        answer = stream.generate(max_new_tokens=9, return_ids=True)
+        assert found[path] == [seen, answer, last(stream).tolist()]
+
+
+# What cannot be read
+
+
+@pytest.mark.parametrize(
+    "empty", ["", [], [[]], [""], torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, dtype=torch.long), iter([])]
+)
+def test_empty_input_is_refused(lm2, empty):
+    stream = lm2.stream(tokenizer=word_tokenizer(bos=True))
+    with pytest.raises(InputError, match=r"Empty input|Nothing to feed"):
+        stream.feed(empty)
+    assert stream.tokens_seen == 0
+
+
+@pytest.mark.parametrize(
+    "bad", [5, None, 1.5, [1.5], [None], [["w3"]], [[1.5]], [[None]], object(), {"input_ids": [3]}, iter([3, 4])]
+)
+def test_input_of_other_types_is_refused(lm2, bad):
+    with pytest.raises(InputError, match=r"expected|rows"):
+        lm2.stream(tokenizer=word_tokenizer()).feed(bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [torch.ones(1, 4), torch.ones(1, 1, 4, dtype=torch.long), torch.tensor(3), torch.ones(1, 4, dtype=torch.bool)],
+)
+def test_tensors_of_other_shapes_and_dtypes_are_refused(lm2, bad):
+    with pytest.raises(InputError, match=r"expected int64 ids"):
+        lm2.stream().feed(bad)
+
+
+def test_masks_must_fit(lm2):
+    stream = lm2.stream()
+    with pytest.raises(InputError, match=r"mask of shape \(1, 3\)"):
+        stream.feed(IDS, attention_mask=torch.ones(1, 3))
+    with pytest.raises(InputError, match="Empty input"):
+        stream.feed(IDS, attention_mask=torch.zeros(1, 29))
+    with pytest.raises(InputError, match="attention_mask"):
+        stream.feed([ROW], attention_mask=torch.ones(1, 29))
+
+
+def test_ids_outside_the_vocabulary_are_refused_before_anything_is_read(lm2):
+    stream = lm2.stream()
+    for bad in ([3, VOCABULARY], [-1, 3], torch.tensor([[3, 1000]])):
+        with pytest.raises(InputError, match=f"expected 0 to {VOCABULARY - 1}"):
+            stream.feed(bad)
+        with pytest.raises(InputError, match=f"expected 0 to {VOCABULARY - 1}"):
+            stream.generate(bad, max_new_tokens=2)
+    assert stream.tokens_seen == 0
+
+
+def test_the_number_of_rows_must_fit(lm2):
+    tokenizer = word_tokenizer()
+    for rows, bad in ((1, [ROW, ROW]), (2, ROW), (2, [ROW]), (2, "w3 w4"), (2, IDS), (2, ["w3"] * 3)):
+        stream = lm2.stream(rows, tokenizer=tokenizer)
+        with pytest.raises(InputError, match=f"rows for a stream of {rows}"):
+            stream.feed(bad)
+        with pytest.raises(InputError, match=f"rows for a stream of {rows}"):
+            stream.generate(bad, max_new_tokens=2)
+    with pytest.raises(InputError, match="batch_size=0"):
+        lm2.stream(0)
+
+
+def test_text_needs_a_tokenizer(lm2):
+    stream = lm2.stream()
+    with pytest.raises(InputError, match=r"no tokenizer.*tokenizer="):
+        stream.feed("w3 w4")
+    with pytest.raises(InputError, match="no tokenizer"):
+        stream.generate("w3 w4", max_new_tokens=2)
+    stream.feed(ROW)
+    with pytest.raises(InputError, match="no tokenizer"):
+        stream.generate(max_new_tokens=2)
+    # The refused call has read and generated nothing.
+    assert stream.tokens_seen == 29
+
+
+def test_the_hosts_own_tokenizer_is_found(lm2, tmp_path):
+    mnemic.save(lm2, tmp_path, whole=True)
+    word_tokenizer().save_pretrained(tmp_path)
+    stream = mnemic.load(tmp_path).stream()
+    assert stream.generate(words(ROW), max_new_tokens=4) == words(greedy(lm2, IDS, 4))
+
+
+def test_nothing_to_continue(lm2):
+    with pytest.raises(InputError, match=r"Nothing to continue.*prompt"):
+        lm2.stream().generate(max_new_tokens=2)
+
+
+def test_a_missing_file_is_named(lm2, tmp_path):
+    with pytest.raises(FileFormatError, match=r"nothing-here\.mnemic"):
+        lm2.stream(load=tmp_path / "nothing-here.mnemic")
