@@ -173,9 +173,10 @@ def test_window_is_the_sliding_window_of_mistral(host):
     cached, cache = chunked(model, ids, [1] * 20 + [13, 40, 27])
     torch.testing.assert_close(cached, expected, atol=1e-4, rtol=0)
     assert isinstance(cache, MemoryCache)
-    assert model.generate(ids[:, :30], max_new_tokens=20).tolist() == sliding.generate(
-        ids[:, :30], max_new_tokens=20
-    ).tolist()
+    assert (
+        model.generate(ids[:, :30], max_new_tokens=20).tolist()
+        == sliding.generate(ids[:, :30], max_new_tokens=20).tolist()
+    )
 
 
 @pytest.mark.parametrize("host", ["gpt2", "opt"])

@@ -30,9 +30,7 @@ def test_chunks_change_nothing(case, host):
     whole = parallel(model, ids)
     for name, chunks in CHUNKINGS.items():
         logits, cache = chunked(model, ids, chunks)
-        torch.testing.assert_close(
-            logits, whole.logits, atol=1e-4, rtol=0, msg=lambda m, n=name: f"chunks {n}: {m}"
-        )
+        torch.testing.assert_close(logits, whole.logits, atol=1e-4, rtol=0, msg=lambda m, n=name: f"chunks {n}: {m}")
         assert_states_close(cache.state, whole.memory_state)
         assert cache.seen.tolist() == [LENGTH] * 2
 
@@ -74,9 +72,7 @@ def test_logits_to_keep(case, host):
             parallel(model, ids, logits_to_keep=keep).logits, whole[:, -keep:], atol=1e-5, rtol=0
         )
     chosen = torch.tensor([3, 17, 28])
-    torch.testing.assert_close(
-        parallel(model, ids, logits_to_keep=chosen).logits, whole[:, chosen], atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(parallel(model, ids, logits_to_keep=chosen).logits, whole[:, chosen], atol=1e-5, rtol=0)
 
 
 @pairs(usual_hosts=("llama", "gpt2"))

@@ -6,6 +6,9 @@ import torch
 from tests.contract.cases import CASES, LENGTH, assert_states_close, build, case, chunked, pairs, parallel, random_ids
 from tests.tiny import HOSTS
 
+# Dynamo looks at `.grad` of every tensor it is given, those that are not leaves included.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
 USUAL = [c for c in CASES if c.usual]
 
 
@@ -51,9 +54,8 @@ def test_compiled_training(case, host):
     _check_training(case, host)
 
 
-@pytest.mark.parametrize("id", ["lm2", "rmt"])
-def test_compiled_reading_with_a_cache(id):
-    _check_cached(case(id), "llama")
+def test_compiled_reading_with_a_cache():
+    _check_cached(case("lm2"), "llama")
 
 
 @pytest.mark.slow
@@ -69,6 +71,6 @@ def test_compiled_training_of_all_settings(c):
 
 
 @pytest.mark.slow
-@pairs(USUAL, hosts=("llama", "gpt2"))
+@pairs(USUAL, hosts=("llama", "gpt2", "gemma2"))
 def test_compiled_reading_on_more_hosts(case, host):
     _check_cached(case, host)

@@ -50,9 +50,7 @@ def test_padded_rows_equal_rows_alone(case, host, how):
             assert_states_close(state.select([i]), alone[i].memory_state)
     assert cache.seen.tolist() == list(LENGTHS)
     if how == "left":
-        torch.testing.assert_close(
-            whole.logits[:, -1], torch.cat([a.logits[:, -1] for a in alone]), atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(whole.logits[:, -1], torch.cat([a.logits[:, -1] for a in alone]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("how", ["left", "holes"])
@@ -135,9 +133,7 @@ def test_an_ended_row_keeps_its_state(case, host):
         assert torch.equal(cache.last_logits[1], last)
         # It can be taken up again, as if nothing had happened in between.
         mask = torch.ones(2, 5, dtype=torch.long)
-        resumed = model(
-            torch.stack([ids[0, 40:45], ids[1, 13:18]]), attention_mask=mask, past_key_values=cache
-        ).logits
+        resumed = model(torch.stack([ids[0, 40:45], ids[1, 13:18]]), attention_mask=mask, past_key_values=cache).logits
     for i, stop in ((0, 45), (1, 18)):
         alone = parallel(model, ids[i : i + 1, :stop]).logits[0, -5:]
         torch.testing.assert_close(resumed[i], alone, atol=1e-4, rtol=0)

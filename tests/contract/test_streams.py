@@ -87,9 +87,7 @@ def test_a_reset_stream_has_read_nothing(case, host):
     model = attached(case, host)
     stream = model.stream().feed(random_ids(1, LENGTH))
     ids = random_ids(1, 12, seed=3)
-    assert torch.equal(
-        stream.reset().feed(ids, return_logits=True), model.stream().feed(ids, return_logits=True)
-    )
+    assert torch.equal(stream.reset().feed(ids, return_logits=True), model.stream().feed(ids, return_logits=True))
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["adapter", "whole"])

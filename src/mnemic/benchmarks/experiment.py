@@ -8,23 +8,31 @@ import dataclasses
 import json
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..core.errors import ConfigError, DataError, InputError, UnknownNameError
-from ..core.memory import option
+from ..core.memory import check_option, option
 from ..core.registry import memory_class, memory_config
 from ..core.truncation import Truncation
 from ..hosts import attach, parameter_report, save
 from ..hosts.anatomy import host_spec
-from ..training import Collator, MemoryTrainer, SegmentLaw, TextExamples, word_tokenizer
+from ..training import Collator, LossProgress, MemoryTrainer, SegmentLaw, TextExamples, word_tokenizer
 from . import babi
 from .babilong import data_folder
 from .background import named
@@ -78,12 +86,23 @@ class Experiment:
     log_every: int = option(50, "steps between two lines of the log", minimum=1)
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            check_option("experiment", f, hints[f.name], getattr(self, f.name))
+        if not all(isinstance(n, int) for n in self.most_segments):
+            raise ConfigError(f"most_segments = {list(self.most_segments)!r}, expected whole numbers.")
         if self.task not in TASKS:
             raise UnknownNameError.of("task", self.task, TASKS)
         memory_config(self.memory, **self.memory_options)
         for name in self.tasks:
             if name not in babi.GENERATED_TASKS and self.task == "babilong" and data_folder(self.data) is None:
                 raise ConfigError(f"{name} has no generator; give data=, a folder with the released bAbI files.")
+        known = [f.name for f in dataclasses.fields(RecallTask)]
+        for key in self.recall_options:
+            if key not in known:
+                raise ConfigError(str(UnknownNameError.of("size of the recall task", key, known)))
+        if self.task == "recall":
+            recall_task(self)
         self.law()
         self.parsed_truncation()
 
@@ -131,8 +150,17 @@ class Experiment:
         return Truncation("tail" if policy == "tail" else "chunk", int(depth))
 
 
-def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) -> dict[str, Any]:
+def run(
+    experiment: Experiment,
+    folder: str | Path,
+    *,
+    progress: bool = True,
+    announce: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
     """Train as `experiment` says and leave everything in `folder`.
+
+    Args:
+        announce: called with the untrained model before the first step.
 
     Returns: what `log.json` holds: parameters, seconds, tokens, versions, and the Trainer's log.
 
@@ -143,11 +171,14 @@ def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) ->
     settings = folder / SETTINGS
     if settings.exists() and settings.read_text(encoding="utf-8") != experiment.to_toml():
         raise InputError(f"{folder} holds a run with other settings; choose another folder or delete it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    settings.write_text(experiment.to_toml(), encoding="utf-8")
     set_seed(experiment.seed)
     model, tokenizer = build(experiment)
     examples = _examples(experiment, model, tokenizer)
+    if announce is not None:
+        announce(model)
+    # Only now: settings that cannot be run must not claim the folder.
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.write_text(experiment.to_toml(), encoding="utf-8")
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=experiment.steps,
@@ -175,6 +206,9 @@ def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) ->
         memory_learning_rate=experiment.memory_learning_rate,
         log_memory=True,
     )
+    trainer.remove_callback(ProgressCallback if progress else PrinterCallback)
+    if progress:
+        trainer.add_callback(LossProgress)
     started = time.perf_counter()
     trainer.train()
     log = {
@@ -186,28 +220,21 @@ def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) ->
         "history": trainer.state.log_history,
     }
     save(model, folder, whole=True)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     (folder / LOG).write_text(json.dumps(log, indent=1), encoding="utf-8")
     return log
 
 
 def build(experiment: Experiment) -> tuple[Any, Any]:
-    """The model with its memory, untrained, and its tokenizer (None for recall)."""
-    tokenizer = None
+    """The model with its memory, untrained, and its tokenizer."""
     fresh = experiment.host in architectures()
     if experiment.task == "recall":
-        size = RecallTask(**experiment.recall_options).vocab_size
+        tokenizer = recall_task(experiment).tokenizer()
     elif fresh:
         tokenizer = _word_tokenizer(experiment)
-        size = len(tokenizer)
     else:
         tokenizer = AutoTokenizer.from_pretrained(experiment.host)
-        size = len(tokenizer)
-    if not fresh:
-        host: Any = experiment.host
-    else:
-        host = _fresh_config(experiment, size, tokenizer)
+    host: Any = _fresh_config(experiment, tokenizer) if fresh else experiment.host
     model = attach(host, experiment.memory, segment=experiment.segment, **experiment.memory_options)
     return model, tokenizer
 
@@ -219,11 +246,14 @@ def architectures() -> set[str]:
     return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def _fresh_config(experiment: Experiment, vocab_size: int, tokenizer: Any) -> Any:
-    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if tokenizer is not None:
-        special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    settings = {**SMALL_HOST, "vocab_size": vocab_size, **special, **experiment.host_options}
+def recall_task(experiment: Experiment) -> RecallTask:
+    """The recall task that `experiment` trains on."""
+    return RecallTask(**{**experiment.recall_options, "segment_length": experiment.segment})
+
+
+def _fresh_config(experiment: Experiment, tokenizer: Any) -> Any:
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    settings = {**SMALL_HOST, "vocab_size": len(tokenizer), **special, **experiment.host_options}
     if experiment.parameters is None:
         return AutoConfig.for_model(experiment.host, **settings)
 
@@ -261,8 +291,7 @@ def _word_tokenizer(experiment: Experiment) -> Any:
 def _examples(experiment: Experiment, model: Any, tokenizer: Any) -> Any:
     law = experiment.law()
     if experiment.task == "recall":
-        task = RecallTask(segment_length=experiment.segment, **_without(experiment.recall_options, "segment_length"))
-        return RecallExamples(task, law, experiment.seed)
+        return RecallExamples(recall_task(experiment), law, experiment.seed)
     if experiment.task == "babilong":
         return BabilongExamples(
             experiment.tasks, tokenizer, experiment.segment, law, data=experiment.data, seed=experiment.seed
@@ -279,10 +308,6 @@ def _texts(experiment: Experiment) -> list[str]:
     if not files or not all(f.is_file() for f in files):
         raise DataError(f"{path} is no .txt file and no folder with any; task text reads plain text.")
     return [f.read_text(encoding="utf-8") for f in files]
-
-
-def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if k != name}
 
 
 def _toml(value: Any) -> str:

@@ -21,8 +21,10 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from ..core.errors import ConfigError, InputError
+from ..training import listed_tokenizer
 
 QUERY = 0
 _FILLER_NAMES = ("the", "rain", "fell", "and", "nobody", "said", "a", "word")
@@ -184,6 +186,10 @@ class RecallTask:
         ):
             words += [listed[i] if i < len(listed) else f"{kind}{i}" for i in range(size)]
         return words
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """For text made of `names`."""
+        return listed_tokenizer(self.names())
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """A row as words, with " | " between segments.

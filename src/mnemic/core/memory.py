@@ -41,7 +41,7 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            _check(self.name, f, hints[f.name], getattr(self, f.name))
+            check_option(self.name, f, hints[f.name], getattr(self, f.name))
         self.validate()
 
     def validate(self) -> None:
@@ -82,7 +82,9 @@ class MemoryConfig:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _check(name: str, f: dataclasses.Field, hint: Any, value: Any) -> None:
+def check_option(name: str, f: dataclasses.Field, hint: Any, value: Any) -> None:
+    """Raises `ConfigError` unless `value` has the type `hint` and lies in the range that the field `f` gives."""
+
     def fail(expected: str) -> typing.NoReturn:
         raise ConfigError(f"{name}: {f.name} = {value!r}, expected {expected}. It means: {f.metadata.get('help', '')}")
 

@@ -69,6 +69,8 @@ def memory_config(memory: str | MemoryConfig, preset: str | None = None, **overr
     """
     if isinstance(memory, MemoryConfig):
         return memory.replace(**overrides)
+    if not isinstance(memory, str):
+        raise ConfigError(f"A memory is a name such as 'lm2' or a MemoryConfig; got {memory!r}.")
     name, _, named = memory.partition(":")
     return memory_class(name).config_class.from_preset(preset or named or "default", **overrides)
 

@@ -24,7 +24,8 @@ class Truncation:
         lowest = 0 if self.policy == "tail" else 1
         if self.policy not in ("tail", "chunk") or self.depth < lowest:
             raise ConfigError(
-                f"truncation {self.policy!r} with depth {self.depth}: expected 'tail' with depth >= 0 or 'chunk' with depth >= 1."
+                f"truncation {self.policy!r} with depth {self.depth}: expected 'tail' with depth >= 0 "
+                "or 'chunk' with depth >= 1."
             )
 
     def cuts(self, index: Tensor, total: Tensor) -> Tensor:

@@ -60,7 +60,6 @@ def attach(
     anatomy = examine(base)
     if check:
         probe.check_host(base, anatomy)
-    training = base.training
     try:
         module = memory_class(config.name)(config, host_spec(base))
         install(base, module, anatomy, segment)
@@ -70,7 +69,7 @@ def attach(
         if is_attached(base):
             detach(base)
         raise
-    base.train(training)
+    module.train(base.training)
     return model
 
 

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..core.errors import InputError, UnsupportedError
+from ..core.errors import InputError, StateError, UnsupportedError
 from ..core.memory import Memory, Segment, Trace
 from ..core.state import State
 from ..core.truncation import Truncation
@@ -184,7 +184,7 @@ class MemoryHost(_Base):
             self._with_memory_tokens(cache.state, piece, tokens),
             dict(cache.reads),
             self._positions(layout, piece, columns, origin, tokens.shape[0]),
-            self._mask(layout, piece, columns, limit, origin),
+            self._mask(layout, piece, columns, limit, origin, tokens.shape[0]),
             kv,
             keep,
         )
@@ -242,7 +242,7 @@ class MemoryHost(_Base):
             positions = positions - layout.window + (0 if piece.fresh else origin[:, None])
         return positions.expand(batch, -1)
 
-    def _mask(self, layout: Layout, piece: Piece, columns: Tensor, limit: int, origin: Tensor) -> Any:
+    def _mask(self, layout: Layout, piece: Piece, columns: Tensor, limit: int, origin: Tensor, batch: int) -> Any:
         """None for plain causal attention, else a 4-D mask, or one for each of the host's layer types."""
         spans = self.mnemic.spans
         narrow = any(span and span[1] < layout.scratch for span in spans.values())
@@ -254,7 +254,9 @@ class MemoryHost(_Base):
 
         def mask(span: tuple[str, int] | None) -> Tensor:
             seen = layout.visible(columns, keys, origin, span)
-            return as_attention_mask(seen, self.config._attn_implementation, self.dtype)
+            # A view: some hosts (XGLM) insist on one mask a row.
+            one = as_attention_mask(seen, self.config._attn_implementation, self.dtype)
+            return one.expand(batch, -1, -1, -1)
 
         if not narrow and not layout.window:
             return mask(None)
@@ -346,6 +348,21 @@ class MemoryHost(_Base):
             raise InputError("Give either past_key_values or memory_state: the cache already holds a state.")
         elif cache.batch_size != batch:
             raise InputError(f"The cache holds {cache.batch_size} rows, the input {batch}.")
+        elif cache.layout is not self.mnemic.layout:
+            self._check_cache(cache)
+
+    def _check_cache(self, cache: MemoryCache) -> None:
+        assert cache.state is not None
+        same = cache.layout == self.mnemic.layout
+        if same and self.memory.constant_size:
+            states = (self.memory.initial_state(1), cache.state)
+            mine, theirs = ({n: t.shape[1:] for n, t in state.items()} for state in states)
+            same = mine == theirs
+        if not same:
+            raise StateError(
+                "past_key_values is the cache of a model with another memory or segment than this one, which has "
+                f"{self.memory.name!r} with segments of {self.mnemic.layout.segment} tokens; start a new stream."
+            )
 
     def _layout_for(self, cache: MemoryCache, lengths: Tensor, persistent: bool) -> Layout:
         layout = self.mnemic.layout
@@ -389,6 +406,10 @@ class MemoryHost(_Base):
         if tokens.dim() != width or 0 in tokens.shape:
             shape = "(batch, tokens)" if width == 2 else "(batch, tokens, width)"
             raise InputError(f"Input of shape {tuple(tokens.shape)}, expected {shape} with at least one token.")
+        if width == 3 and tokens.shape[2] != self.memory.host.hidden_size:
+            raise InputError(
+                f"inputs_embeds have width {tokens.shape[2]}, expected the host's {self.memory.host.hidden_size}."
+            )
         if width == 2:
             if tokens.is_floating_point() or tokens.dtype == torch.bool:
                 raise InputError(f"input_ids have dtype {tokens.dtype}, expected int64 token ids.")

@@ -1,5 +1,7 @@
 """Probes: what a host claims is tried on a few tokens before anything relies on it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,10 +29,8 @@ def check_host(model: PreTrainedModel, anatomy: Anatomy) -> None:
 
     name = type(model).__name__
     ids = _ids(model)
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             expected = model(ids, use_cache=False).logits[:, -1]
             install(model, NoMemory(NoneConfig(), host_spec(model)), anatomy, _TOKENS + 1)
             try:
@@ -44,8 +44,6 @@ def check_host(model: PreTrainedModel, anatomy: Anatomy) -> None:
             f"{name} cannot run segments with rows at different places ({type(error).__name__}: {error}). Hosts whose "
             "attention takes 4-D masks, position ids and a custom cache work."
         ) from error
-    finally:
-        model.train(training)
     error = float((got - expected).abs().max())
     scale = float(expected.abs().max())
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
@@ -57,28 +55,42 @@ def check_host(model: PreTrainedModel, anatomy: Anatomy) -> None:
 
 
 def check_memory(model: "MemoryHost") -> None:
-    """The memory's hooks must be reached in every layer that it uses.
+    """The memory's hooks must be reached, in every layer that it uses.
 
     Raises:
-        HostError: the host does not hand keyword arguments down to its attention.
+        HostError: the host does not hand keyword arguments down to where they are needed.
     """
-    missing = set(model.memory.layers)
-    if not missing:
+    missing, writes = set(model.memory.layers), model.memory.num_write_tokens > 0
+    if not missing and not writes:
         return
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         segment = model.mnemic.layout.segment
         ids = _ids(model, segment if model.memory.whole_segments else min(_TOKENS, segment))
         reads = model.memory.prepare(model.memory.initial_state(ids.shape[0]))
-        _, trace, _ = model._segment_step(ids, reads, None, None, None, 1)
-    model.train(training)
+        _, trace, hidden = model._segment_step(ids, reads, None, None, None, 1)
+    if writes and hidden is None:
+        raise HostError(
+            f"{model.mnemic.host_class.__name__} does not hand keyword arguments down to the module that runs its "
+            "layers, so memories at the site 'tokens' cannot read what was written. A sliding window ('window') works."
+        )
     missing -= set(trace)
     if missing:
         raise HostError(
             f"{model.mnemic.host_class.__name__} does not hand keyword arguments down to the attention of its layers "
-            f"{sorted(missing)}, so the residual site cannot be reached. Memories at the site 'tokens' (rmt) work."
+            f"{sorted(missing)}, so the residual site cannot be reached. Memories at the site 'tokens' (rmt) may work."
         )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode it was in (a part may be frozen in another)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _ragged(model: Any, ids: Tensor) -> Tensor:

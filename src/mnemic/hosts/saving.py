@@ -111,8 +111,8 @@ def _load_adapter(folder: Path, host: Any, trainable: bool, options: dict[str, A
         host = known["name"]
         if not host:
             raise HostError(
-                f"The adapter {folder} was made on a {known['class']} without a name; pass host=, the model it was made "
-                "on."
+                f"The adapter {folder} was made on a {known['class']} without a name; pass host=, the model it was "
+                "made on."
             )
         options = {"revision": known["revision"], **options} if known["revision"] else options
     if isinstance(host, str | os.PathLike):

@@ -403,13 +403,13 @@ class Stream:
         return ids.long().masked_fill(mask == 0, 0), mask
 
     def _rows(self, inputs: Any) -> list[list[int]]:
-        texts = [inputs] if isinstance(inputs, str) else inputs
+        texts: Any = [inputs] if isinstance(inputs, str) else inputs
         try:
             if isinstance(inputs, Mapping):
                 raise TypeError("of a tokenizer's output, give the input_ids")
             if all(isinstance(t, str) for t in texts):
                 begins = not bool(self.cache.seen.any())
-                rows = [self.tokenizer(t, add_special_tokens=begins)["input_ids"] for t in texts]
+                rows = [self._tokens(t, add_special_tokens=begins) for t in texts]
                 # Some tokenizers add nothing but special tokens to an empty string.
                 return rows if any(texts) else [[]]
             flat = all(isinstance(t, Integral) for t in texts)
@@ -420,6 +420,14 @@ class Stream:
                 f"Cannot read input of type {type(inputs).__name__} ({error}); expected text, token ids, or a list of "
                 "either."
             ) from error
+
+    def _tokens(self, text: str, **options: Any) -> list[int]:
+        tokenizer = self.tokenizer
+        try:
+            return tokenizer(text, **options)["input_ids"]
+        # The tokenizers library raises bare exceptions, for example on a word without a token.
+        except Exception as error:
+            raise InputError(f"The tokenizer cannot read {text[:60]!r}: {error}") from error
 
     @staticmethod
     def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,10 @@
 """Training with recurrence: the transformers Trainer over consecutive segments."""
 
 from .data import Collator, Example, SegmentLaw, TextExamples, answer_example
-from .tokenizer import word_tokenizer
-from .trainer import MemoryTrainer
+from .tokenizer import listed_tokenizer, word_tokenizer
+from .trainer import LossProgress, MemoryTrainer
 
-__all__ = ["Collator", "Example", "MemoryTrainer", "SegmentLaw", "TextExamples", "answer_example", "word_tokenizer"]
+__all__ = [
+    "Collator", "Example", "LossProgress", "MemoryTrainer", "SegmentLaw", "TextExamples", "answer_example", "listed_tokenizer",
+    "word_tokenizer",
+]  # fmt: skip

@@ -1,6 +1,6 @@
 """A word-level tokenizer for small models trained from scratch: one word or mark, one token."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -19,20 +19,21 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int = 4096, always: Iterabl
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     kept = {word for text in always for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)}
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=max(vocab_size, len(SPECIAL) + len(kept)),
-        special_tokens=[*SPECIAL, *sorted(kept)],
-        show_progress=False,
-    )
+    size = max(vocab_size, len(SPECIAL) + len(kept))
+    trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=[*SPECIAL, *sorted(kept)], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    # Words kept by name are ordinary words; only the first three stay special when decoding.
-    vocabulary = {word: i for i, word in enumerate(sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id))}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    plain.normalizer, plain.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
-    )
+    # Made anew, so that words kept by name are ordinary ones and only the first three stay special when decoding.
+    ordered = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
+    return listed_tokenizer(ordered, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+
+
+def listed_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenizerFast:
+    """Exactly these words, in this order; `special` says which are pad_token, unk_token and eos_token.
+
+    Without an unk_token, other words cannot be read: encoding raises.
+    """
+    unknown = special.get("unk_token", "<unk>")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)

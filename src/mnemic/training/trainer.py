@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 
 from ..core.errors import ConfigError, HostError
 from ..core.truncation import Truncation
 from ..hosts import base_model, is_attached
+
+
+class LossProgress(ProgressCallback):
+    """The Trainer's progress bar with the loss beside it, instead of a line for every entry of the log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
 
 
 class MemoryTrainer(Trainer):

@@ -1,0 +1,144 @@
+"""`mnemic systems`: the table of all memories, probed."""
+
+import dataclasses
+import inspect
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+PROBE_HOST = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "vocab_size": 64, "max_position_embeddings": 256,
+}  # fmt: skip
+"""A Llama as wide as its segments are long, so that memories with one slot per token fit too."""
+SEGMENT = 64
+UNKNOWN = "?"
+
+
+def systems(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with everything that was probed.")] = False,
+) -> None:
+    """List all memories: what each is, where it reads, and what it promises.
+
+    Every memory is attached to a small fresh host and tried; the table says what was measured, not what is claimed.
+    "identity": the host's logits are unchanged when the memory is new, segment by segment, by default or with a
+    preset. "state": whether the bytes carried from call to call stay the same however much is read.
+
+    \b
+    Examples:
+      mnemic systems
+      mnemic systems --markdown
+      mnemic systems --json > systems.json
+
+    Reads and writes no files.
+    """
+    from ..core.errors import ConfigError
+    from ._shared import console, quiet, table
+
+    if markdown and as_json:
+        raise ConfigError("Give --markdown or --json, not both.")
+    quiet()
+    found = all_systems()
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    columns = ("name", "family", "what it is", "reads at", "identity", "state", "presets")
+    rows = [_row(entry) for entry in found]
+    if markdown:
+        for cells in (columns, ["---"] * len(columns), *([_escaped(c) for c in row] for row in rows)):
+            print(f"| {' | '.join(cells)} |")
+        return
+    shown = table("", *columns)
+    for row in rows:
+        shown.add_row(*row)
+    console().print(shown)
+
+
+def all_systems() -> list[dict[str, Any]]:
+    """What is known of every memory, in the order of families and names."""
+    from ..core.registry import memory_names
+
+    return sorted((describe(name) for name in memory_names()), key=lambda entry: (entry["family"], entry["name"]))
+
+
+def describe(name: str) -> dict[str, Any]:
+    """One memory. Values that could not be probed are None, and `problem` says why."""
+    from ..core.registry import memory_class, memory_family
+
+    kind = memory_class(name)
+    presets = {"default": {}, **kind.config_class.presets}
+    probed = {preset: _probe(name, preset) for preset in presets}
+    default = probed["default"]
+    doc = inspect.cleandoc(sys.modules[kind.__module__].__doc__ or "")
+    return {
+        "name": name,
+        "family": memory_family(name),
+        "what": doc.split("\n")[0].rstrip(".") or kind.paper,
+        "paper": kind.paper,
+        "sites": default["sites"],
+        "identity_at_attach": {preset: p["identity"] for preset, p in probed.items()},
+        "constant_state": default["constant"],
+        "state_bytes": default["state_bytes"],
+        "options": {f.name: _plain(f.default) for f in dataclasses.fields(kind.config_class)},
+        "presets": {n: {k: _plain(v) for k, v in p.items()} for n, p in presets.items()},
+        "probed_on": {"architecture": "llama", **PROBE_HOST, "segment": SEGMENT},
+        "problem": {preset: p["problem"] for preset, p in probed.items() if p["problem"]},
+    }
+
+
+def _probe(name: str, preset: str) -> dict[str, Any]:
+    """Attach the memory to a fresh host and try it: sites, identity, whether the state stays as large."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..core.errors import MnemicError
+    from ..hosts import attach
+
+    result = {"sites": None, "identity": None, "constant": None, "state_bytes": None, "problem": None}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        host = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **PROBE_HOST)).eval()
+        ids = torch.randint(PROBE_HOST["vocab_size"], (1, 4 * SEGMENT))
+        try:
+            plain = torch.cat(
+                [host(part, use_cache=False).logits for part in ids[:, : 2 * SEGMENT].split(SEGMENT, 1)], 1
+            )
+            model = attach(host, name, preset=preset, segment=SEGMENT, check=False)
+            # A window sees across the edges of segments, as it should: only the first one is the host's own.
+            read = SEGMENT if model.memory.sliding_window else 2 * SEGMENT
+            logits = model(ids[:, :read], use_cache=False).logits
+            result["sites"] = sorted(model.memory.sites)
+            result["identity"] = bool(torch.allclose(logits, plain[:, :read], atol=1e-5))
+            stream = model.stream().feed(ids[:, : 2 * SEGMENT])
+            early = stream.state_bytes
+            result["constant"] = stream.feed(ids[:, 2 * SEGMENT :]).state_bytes == early
+            result["state_bytes"] = stream.state.nbytes
+        except MnemicError as error:
+            result["problem"] = str(error)
+    return result
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    identity = entry["identity_at_attach"]
+    by_preset = [f":{preset}" for preset, holds in identity.items() if holds]
+    constant = {True: "constant", False: "grows", None: UNKNOWN}[entry["constant_state"]]
+    return [
+        entry["name"],
+        entry["family"],
+        entry["what"],
+        UNKNOWN if entry["sites"] is None else ", ".join(entry["sites"]) or "–",
+        "yes" if identity["default"] else ", ".join(by_preset) or (UNKNOWN if identity["default"] is None else "no"),
+        constant,
+        ", ".join(preset for preset in entry["presets"] if preset != "default") or "–",
+    ]
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
