@@ -133,12 +133,18 @@ def main() -> None:
             ratio = statistics.median(mine / host for mine, host in pairs)
             counted = flops[name][kind] / flops["host"][kind]
             host = statistics.median(times["host"][kind])
-            rows.append({"memory": name, "work": kind, "time_ratio": ratio, "flop_ratio": counted, "host_seconds": host})
+            rows.append(
+                {"memory": name, "work": kind, "time_ratio": ratio, "flop_ratio": counted, "host_seconds": host}
+            )
             table.add_row(name, kind, f"{ratio:.2f}", f"{counted:.2f}", f"{ratio / counted:.2f}", f"{host:.4f}")
     Console().print(table)
     record = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "mnemic": mnemic.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "mnemic": mnemic.__version__,
+        },
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": arguments.device},
         "rows": rows,
         "seconds": times,

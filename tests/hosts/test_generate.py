@@ -186,7 +186,7 @@ def test_outputs_per_step(memory, host):
 @few
 def test_embeddings_as_prompt(memory, host):
     model = attached(case(memory), host)
-    rows, ids, mask = padded((21, 13))
+    _, ids, mask = padded((21, 13))
     embeds = model.get_input_embeddings()(ids).detach()
     got = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=14, do_sample=False)
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=14, do_sample=False)

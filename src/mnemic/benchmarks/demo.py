@@ -82,7 +82,7 @@ def run(folder: Path, *, quick: bool = False, threads: int = 1) -> dict[str, Any
             "state_bytes": _state_bytes(model),
             "scores": {n: {d: [s.correct, s.count] for d, s in by.items()} for n, by in scores.items()},
         }
-    results["versions"] = log["versions"]
+        results["versions"] = log["versions"]
     results["settings"] = base.to_toml()
     (folder / "demo.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     console.print(_table(results))
@@ -164,9 +164,8 @@ def _stream(console: Console, folder: Path, model_folder: Path) -> dict[str, str
     stream = model.stream(tokenizer=TASK.tokenizer())
     stream.feed(story)
     stream.save(path)
-    console.print(
-        f"[bold]A stream.[/] Fed: {story!r}\nSaved to {path} ({path.stat().st_size:,} bytes). A new process asks {question!r} ..."
-    )
+    console.print(f"[bold]A stream.[/] Fed: {story!r}")
+    console.print(f"Saved to {path} ({path.stat().st_size:,} bytes). A new process asks {question!r} ...")
     command = [sys.executable, "-m", "mnemic", "stream", str(model_folder), "--load", str(path), "--ask", question]
     answer = subprocess.run(
         [*command, "--max-new-tokens", "1"], capture_output=True, text=True, check=True

@@ -20,7 +20,7 @@ MAX_ANSWER_TOKENS = 20
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Correct answers out of `count`, with the half-width of the 95% Wald interval (0 to 1)."""
+    """Correct answers out of `count`, with the half-width of the 95% Wilson interval (0 to 1)."""
 
     correct: int
     count: int
@@ -31,7 +31,8 @@ class Score:
 
     @property
     def interval(self) -> float:
-        return 1.96 * math.sqrt(self.accuracy * (1 - self.accuracy) / self.count)
+        z, n, p = 1.96, self.count, self.accuracy
+        return z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
 
 
 def evaluate_recall(

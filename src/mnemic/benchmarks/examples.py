@@ -8,14 +8,14 @@ from torch.utils.data import IterableDataset
 
 from ..core.errors import ConfigError
 from ..training import Example, SegmentLaw, answer_example
-from .babilong import BabilongSample, open_babilong, prompt
+from .babilong import BabilongSample, data_folder, open_babilong, prompt
 from .background import named
 from .haystack import Haystack
 from .recall import RecallTask
 
 
 class RecallExamples(IterableDataset):
-    """Endless cross-segment recall; the fact stands in the first segment, so the distance is the number of segments - 1."""
+    """Endless cross-segment recall with the fact in the first segment, the question at the end of the last."""
 
     def __init__(self, task: RecallTask, law: SegmentLaw, seed: int = 0):
         self.task, self.law, self.seed = task, law, seed
@@ -57,8 +57,6 @@ class BabilongExamples(IterableDataset):
                 "least, or longer ones."
             )
         self.tasks, self.tokenizer, self.segment, self.law, self.seed = tasks, tokenizer, segment, law, seed
-        from .babilong import data_folder
-
         folder = data_folder(data)
         background = "books" if folder else "prose"
         self.haystack = Haystack(named(background, "train", folder), tokenizer)

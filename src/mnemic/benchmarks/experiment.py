@@ -112,7 +112,8 @@ class Experiment:
         for key in values:
             if key not in known:
                 raise ConfigError(str(UnknownNameError.of("setting of an experiment", key, known)))
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**given)
 
     @classmethod
     def read(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "Experiment":

@@ -64,12 +64,12 @@ def _options(
     """
 
 
-app.command("systems")(systems.systems)
-app.command("show")(show.show)
-app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command("stream")(stream.stream)
-app.command("demo")(demo.demo)
+app.command("systems", short_help="List all memories.")(systems.systems)
+app.command("show", short_help="Explain one memory.")(show.show)
+app.command("train", short_help="Train a host with a memory.")(train.train)
+app.command("eval", short_help="Measure a trained model.")(evaluate.evaluate)
+app.command("stream", short_help="Read, ask, save, resume.")(stream.stream)
+app.command("demo", short_help="See what a memory does.")(demo.demo)
 
 
 def main() -> None:

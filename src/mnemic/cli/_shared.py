@@ -12,6 +12,9 @@ from typing import Any
 TABLES = {"memory": "memory_options", "host": "host_options", "recall": "recall_options"}
 """Prefixes of --set keys -> tables of an experiment."""
 
+VOCABULARY = 4096
+"""Of a fresh host that no task has given one."""
+
 _BARE = re.compile(r"[A-Za-z_][\w:./+-]*")
 _LIKELY_TYPO = 0.8
 
@@ -119,7 +122,7 @@ def host_config(name: str, changes: dict[str, Any] | None = None) -> Any:
 
     known = architectures()
     if name in known:
-        return AutoConfig.for_model(name, **{**SMALL_HOST, **(changes or {})})
+        return AutoConfig.for_model(name, **{**SMALL_HOST, "vocab_size": VOCABULARY, **(changes or {})})
     if not Path(name).is_dir() and difflib.get_close_matches(name, known, cutoff=_LIKELY_TYPO):
         raise UnknownNameError.of("host", name, known)
     if changes:
@@ -155,6 +158,13 @@ def tokenizer(*places: str | Path | None) -> Any:
     raise InputError(f"No tokenizer in {' or '.join(named) or 'the model'}; name its folder with --tokenizer.")
 
 
+def placed(model: Any) -> Any:
+    """The model in eval mode, on the GPU if there is one."""
+    import torch
+
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
 def check_folder(folder: Path) -> None:
     """Raises `DataError` unless `folder` holds a model that mnemic saved."""
     from ..core.errors import DataError
@@ -167,7 +177,3 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds no model with memory (neither {HEADER} nor {ADAPTER}); expected a folder written by "
             "mnemic train or mnemic.save. A run that was interrupted has none."
         )
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

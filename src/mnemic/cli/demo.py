@@ -7,11 +7,13 @@ import typer
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Folder for what the demo trains and draws.")] = Path("mnemic-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Train less: seconds instead of minutes.")] = False,
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Folder to write.", show_default="mnemic-demo")
+    ] = Path("mnemic-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that everything runs.")] = False,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
 ) -> None:
-    """Show what a memory does: a small model with and without one, trained and asked on this machine.
+    """Train a small model with and without a memory, measure it, save a stream and resume it.
 
     \b
     Examples:
@@ -20,7 +22,7 @@ def demo(
 
     \b
     Reads:   nothing; needs no network and no GPU.
-    Writes:  FOLDER, run folders as of mnemic train.
+    Writes:  DIR: demo.json (scores), accuracy.png, alice.mnemic (a stream), and a run folder for each memory.
     """
     from ..benchmarks import demo as shown
     from ._shared import quiet

@@ -62,7 +62,7 @@ def evaluate(
     from ..core.errors import ConfigError, InputError, UnknownNameError
     from ..hosts import base_model
     from ..hosts.saving import describe
-    from ._shared import check_folder, numbers, quiet, words
+    from ._shared import check_folder, numbers, placed, quiet, words
 
     quiet()
     check_folder(folder)
@@ -98,7 +98,7 @@ def evaluate(
         raise InputError(f"{path}: the results are JSON; the settings are written beside them as .toml.")
     if threads is not None:
         torch.set_num_threads(threads)
-    model = mnemic.load(folder)
+    model = placed(mnemic.load(folder))
     started = time.perf_counter()
     found = _recall(model, experiment, resolved) if task == "recall" else _babilong(model, folder, resolved)
     base = base_model(model)

@@ -18,7 +18,7 @@ def show(
     ] = None,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the memory; host.KEY of the host."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Option of the memory; host.KEY for the host."),
     ] = None,
 ) -> None:
     """Explain one memory: its paper, equations, options and presets, and how large it is on a host.
@@ -50,9 +50,11 @@ def show(
     chosen = memory_config(name, **options)
     kind = memory_class(chosen.name)
     out = console()
-    print(f"{chosen.name} ({memory_family(chosen.name)})\n{kind.paper}\n")
-    print(inspect.cleandoc(sys.modules[kind.__module__].__doc__ or ""))
-    print()
+    text = inspect.cleandoc(sys.modules[kind.__module__].__doc__ or "")
+    print(f"{chosen.name} ({memory_family(chosen.name)})\n")
+    if not text.startswith(kind.paper):
+        print(f"{kind.paper}\n")
+    print(f"{text}\n")
     _show_options(out, kind.config_class, chosen)
     _show_presets(out, kind.config_class)
     size = _size(chosen, host_config(host, host_options), segment)

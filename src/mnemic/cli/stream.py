@@ -19,9 +19,7 @@ def stream(
     load: Annotated[Path | None, typer.Option(metavar="FILE", help="Go on from a saved stream.")] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the stream at the end.")] = None,
     feed: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Read a text file first; repeatable.")] = None,
-    ask: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Print the continuation of this text and end.")
-    ] = None,
+    ask: Annotated[str | None, typer.Option(metavar="TEXT", help="Print how this text goes on, and end.")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer.")] = 64,
     tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="Tokenizer, if MODEL has none.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all by default.")] = None,
@@ -62,9 +60,11 @@ def stream(
     for path in feed or ():
         with open(path, encoding="utf-8") as file:
             _feed(running, file, str(path))
-    interactive = sys.stdin.isatty() and ask is None
-    fed = bool(feed) if sys.stdin.isatty() else _feed(running, sys.stdin, "stdin") or bool(feed)
-    if interactive:
+    fed, terminal = bool(feed), _terminal()
+    if not terminal:
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # pyright: ignore[reportAttributeAccessIssue]
+        fed = _feed(running, sys.stdin, "stdin") or fed
+    if terminal and ask is None:
         running = _prompt(running, max_new_tokens)
     elif ask is not None:
         _answer(running, ask, max_new_tokens)
@@ -74,6 +74,10 @@ def stream(
         running.save(save)
         typer.echo(f"saved {save}", err=True)
     typer.echo(_stats(running), err=True)
+
+
+def _terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def pieces(file: TextIO) -> Iterator[str]:
@@ -98,7 +102,7 @@ def _open(model: str, memory: str | None, segment: int | None) -> Any:
 
     from ..core.errors import ConfigError
     from ..hosts.saving import ADAPTER, HEADER
-    from ._shared import check_folder, host_config
+    from ._shared import check_folder, host_config, placed
 
     saved = any((Path(model) / name).is_file() for name in (ADAPTER, HEADER))
     if memory is None:
@@ -112,7 +116,7 @@ def _open(model: str, memory: str | None, segment: int | None) -> Any:
         if not Path(model).is_dir():
             host_config(model)
         attached = mnemic.attach(model, memory, segment=segment)
-    return attached.eval()
+    return placed(attached)
 
 
 def _tokenizer(model: str, attached: Any, given: str | None) -> Any:

@@ -97,15 +97,14 @@ def _probe(name: str, preset: str) -> dict[str, Any]:
     from ..core.errors import MnemicError
     from ..hosts import attach
 
-    result = {"sites": None, "identity": None, "constant": None, "state_bytes": None, "problem": None}
+    result: dict[str, Any] = {"sites": None, "identity": None, "constant": None, "state_bytes": None, "problem": None}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         host = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **PROBE_HOST)).eval()
         ids = torch.randint(PROBE_HOST["vocab_size"], (1, 4 * SEGMENT))
         try:
-            plain = torch.cat(
-                [host(part, use_cache=False).logits for part in ids[:, : 2 * SEGMENT].split(SEGMENT, 1)], 1
-            )
+            first = ids[:, : 2 * SEGMENT].split(SEGMENT, dim=1)
+            plain = torch.cat([host(part, use_cache=False).logits for part in first], dim=1)
             model = attach(host, name, preset=preset, segment=SEGMENT, check=False)
             # A window sees across the edges of segments, as it should: only the first one is the host's own.
             read = SEGMENT if model.memory.sliding_window else 2 * SEGMENT

@@ -17,9 +17,7 @@ def train(
     tasks: Annotated[str | None, typer.Option(metavar="NAMES", help="BABILong tasks, such as qa1,qa2. [qa1]")] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            metavar="PATH", help="Folder with bAbI and books, or $MNEMIC_DATA; for text: .txt file or folder."
-        ),
+        typer.Option(metavar="PATH", help="Folder with bAbI and books, or $MNEMIC_DATA; for text: .txt file(s)."),
     ] = None,
     segment: Annotated[int | None, typer.Option(metavar="N", help="Tokens of a segment. [64]")] = None,
     segments: Annotated[
@@ -141,7 +139,8 @@ def _source(experiment: Any) -> str:
     from ..benchmarks.babilong import data_folder
 
     if experiment.task == "recall":
-        return f"{experiment.recall_options or 'standard sizes'}"
+        sizes = experiment.recall_options.items()
+        return ", ".join(f"{key} = {value}" for key, value in sizes) or "standard sizes"
     if experiment.task == "text":
         return experiment.data or "prose that comes with Python"
     folder = data_folder(experiment.data)
@@ -152,7 +151,7 @@ def _summarise(experiment: Any, log: dict[str, Any], output: Path) -> None:
     losses = [entry["loss"] for entry in log["history"] if "loss" in entry]
     loss = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
     speed = tokens_expected(experiment) / max(log["seconds"], 0.1)
-    typer.echo(f"Trained: {loss}{log['seconds']:,.0f} s, about {speed:,.0f} tokens/s. Run folder: {output}")
+    typer.echo(f"Trained: {loss}{log['seconds']:,} s, about {speed:,.0f} tokens/s. Run folder: {output}")
     typer.echo(f"Next: {_next(output) if experiment.task != 'text' else f'mnemic stream {output}'}")
 
 

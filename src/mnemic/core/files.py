@@ -43,7 +43,7 @@ def write_file(path: str | os.PathLike, kind: str, header: Mapping[str, Any], te
     replace_atomically(Path(path), lambda temporary: save_file(stored, temporary, metadata=metadata))
 
 
-def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path near `path`, flush the file to disk, and move it into place in one step."""
     folder = path.parent
     prefix = f".{path.name}.tmp-"

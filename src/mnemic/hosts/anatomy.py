@@ -9,7 +9,7 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.errors import HostError
@@ -71,7 +71,7 @@ def host_spec(model: PreTrainedModel) -> HostSpec:
     Raises:
         HostError: token embeddings of another width than the residual stream.
     """
-    embeddings = model.get_input_embeddings().weight
+    embeddings = token_embeddings(model)
     config = model.config.get_text_config(decoder=True)
     if embeddings.shape[1] != config.hidden_size:
         raise HostError(
@@ -87,6 +87,13 @@ def host_spec(model: PreTrainedModel) -> HostSpec:
         dtype=embeddings.dtype if embeddings.is_floating_point() else torch.get_default_dtype(),
         device=embeddings.device,
     )
+
+
+def token_embeddings(model: PreTrainedModel) -> Tensor:
+    """The host's table of token embeddings, (vocabulary, width)."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _decoder_stack(model: PreTrainedModel) -> tuple[nn.Module, list[nn.Module]]:

@@ -141,8 +141,9 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
     if memory.num_write_tokens:
         hooks.append(anatomy.stack.register_forward_hook(LastHiddenHook(), with_kwargs=True))
     host_class = type(base)
-    base.memory = memory
-    base.mnemic = Attachment(
+    attached: Any = base
+    attached.memory = memory
+    attached.mnemic = Attachment(
         host_class=host_class,
         layout=layout,
         spans=host_spans(base.config),

@@ -26,7 +26,7 @@ class KeyValues:
 
 
 class SegmentKV(Cache):
-    """What the host's attention sees during one step: new keys go to each row's columns, all up to `limit` come back."""
+    """What the host's attention sees in one step: new keys go to each row's columns, all up to `limit` come back."""
 
     def __init__(self, layers: dict[int, KeyValues], layout: Layout, columns: Tensor, start: int | None, limit: int):
         super().__init__(layers=[])
@@ -112,8 +112,13 @@ class MemoryCache(Cache):
 
     # What transformers asks of a cache
 
-    is_croppable = False
-    is_compileable = False
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of input ids that the current `generate()` has given, padding included."""

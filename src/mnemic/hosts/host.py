@@ -13,24 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..core.errors import InputError, StateError, UnsupportedError
 from ..core.memory import Memory, Segment, Trace
 from ..core.state import State
 from ..core.truncation import Truncation
+from .anatomy import token_embeddings
 from .cache import MemoryCache, SegmentKV
 from .frame import KEYWORD, Frame
+from .generation import MemoryGeneration
+from .inputs import check_tokens
 from .layout import Layout, as_attention_mask
 from .segments import LogitsCollector, Piece, align, columns_of, cut, next_piece
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel as _Base
-
     from .stream import Stream
-else:
-    _Base = object
 
 
 @dataclass
@@ -56,7 +54,7 @@ class MemoryOutput(CausalLMOutputWithPast):
     memory_diagnostics: dict[str, Tensor] | None = None
 
 
-class MemoryHost(_Base):
+class MemoryHost(MemoryGeneration):
     """The methods a host gains. Use `mnemic.attach` to get one."""
 
     memory: Memory
@@ -101,7 +99,7 @@ class MemoryHost(_Base):
             assert cache.last_logits is not None
             cache.replay, cache.columns_given = False, 1
             return MemoryOutput(logits=cache.last_logits[:, None], past_key_values=cache)
-        tokens = self._check_tokens(input_ids, inputs_embeds)
+        tokens = check_tokens(input_ids, inputs_embeds, token_embeddings(self))
         persistent = cache is not None or self._wants_cache(use_cache)
         if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             raise UnsupportedError(
@@ -190,7 +188,7 @@ class MemoryHost(_Base):
         )
         ahead = layout.read if piece.read else 0
         trace = {i: {n: t[:, ahead : ahead + piece.width] for n, t in layer.items()} for i, layer in trace.items()}
-        written = hidden[:, -layout.write :] if piece.write else None
+        written = hidden[:, -layout.write :] if piece.write and hidden is not None else None
         if persistent or bool((piece.done & (piece.take < layout.every)).any()):
             trace = self._buffer(cache, layout, piece, trace)
         return (None if first is None else logits[:, skip:]), Segment(trace=trace, written=written)
@@ -255,7 +253,7 @@ class MemoryHost(_Base):
         def mask(span: tuple[str, int] | None) -> Tensor:
             seen = layout.visible(columns, keys, origin, span)
             # A view: some hosts (XGLM) insist on one mask a row.
-            one = as_attention_mask(seen, self.config._attn_implementation, self.dtype)
+            one = as_attention_mask(seen, str(self.config._attn_implementation), self.dtype)
             return one.expand(batch, -1, -1, -1)
 
         if not narrow and not layout.window:
@@ -397,27 +395,6 @@ class MemoryHost(_Base):
                 )
         return bool(replayed)
 
-    def _check_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("Give either input_ids or inputs_embeds.")
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        assert tokens is not None
-        width = 2 if inputs_embeds is None else 3
-        if tokens.dim() != width or 0 in tokens.shape:
-            shape = "(batch, tokens)" if width == 2 else "(batch, tokens, width)"
-            raise InputError(f"Input of shape {tuple(tokens.shape)}, expected {shape} with at least one token.")
-        if width == 3 and tokens.shape[2] != self.memory.host.hidden_size:
-            raise InputError(
-                f"inputs_embeds have width {tokens.shape[2]}, expected the host's {self.memory.host.hidden_size}."
-            )
-        if width == 2:
-            if tokens.is_floating_point() or tokens.dtype == torch.bool:
-                raise InputError(f"input_ids have dtype {tokens.dtype}, expected int64 token ids.")
-            # Elsewhere the check would cost a synchronisation; streams check before they move ids to a device.
-            if tokens.device.type == "cpu":
-                check_vocabulary(tokens, self.get_input_embeddings().weight.shape[0])
-        return tokens
-
     def _keep_last(self, cache: MemoryCache, last: Tensor, lengths: Tensor) -> Tensor:
         assert cache.last_logits is not None
         moved = (lengths > 0).to(last.device)[:, None]
@@ -426,51 +403,6 @@ class MemoryHost(_Base):
     def _loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
         labels = labels[:, -logits.shape[1] :]
         return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-
-    # What generate() asks
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise UnsupportedError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a model with memory brings its own "
-                "cache; leave the option unset."
-            )
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None:
-            cache._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = MemoryCache(self.mnemic.layout)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the host's `generate()`, over any length of prompt.
-
-        Raises:
-            UnsupportedError: modes that take tokens back (assisted and prompt-lookup decoding), since a memory that
-                has committed cannot.
-        """
-        config = kwargs.get("generation_config") or self.generation_config
-        rolls_back = [
-            name
-            for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
-            if kwargs.get(name) is not None or getattr(config, name, None) is not None
-        ]
-        if rolls_back and not self.memory.croppable:
-            raise UnsupportedError(
-                f"{', '.join(rolls_back)}: such decoding takes tokens back, which the memory {self.memory.name!r} "
-                "cannot once it has committed. Use greedy search, sampling or beams."
-            )
-        return super().generate(*args, **kwargs)
-
-    def _sample(self, input_ids, logits_processor, stopping_criteria, *args: Any, **model_kwargs: Any) -> Any:
-        cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, MemoryCache):
-            return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **model_kwargs)
-        ending = _EndRows(stopping_criteria, cache)
-        try:
-            return super()._sample(input_ids, logits_processor, ending, *args, **model_kwargs)
-        finally:
-            # The cache may be read on: its rows ended for this call only.
-            cache.finished = torch.zeros_like(cache.finished)
 
     # Streams and files
 
@@ -489,23 +421,3 @@ class MemoryHost(_Base):
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_header(self, save_directory)
-
-
-class _EndRows(StoppingCriteriaList):
-    """The given criteria; rows they end stop feeding the memory (generate() goes on giving them padding)."""
-
-    def __init__(self, criteria: StoppingCriteriaList, cache: MemoryCache):
-        super().__init__(criteria)
-        self.cache = cache
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        ended = super().__call__(input_ids, scores, **kwargs)
-        self.cache.finished = self.cache.finished | ended.cpu()
-        return ended
-
-
-def check_vocabulary(ids: Tensor, size: int) -> None:
-    """Raises `InputError` unless all ids lie in 0 .. size - 1."""
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= size:
-        raise InputError(f"Token ids run from {low} to {high}, expected 0 to {size - 1}: is this the host's tokenizer?")

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..core.errors import HostError
-from .anatomy import Anatomy
+from .anatomy import Anatomy, token_embeddings
 
 if TYPE_CHECKING:
     from .host import MemoryHost
@@ -109,7 +109,7 @@ def _ragged(model: Any, ids: Tensor) -> Tensor:
 
 
 def _ids(model: PreTrainedModel, tokens: int = _TOKENS) -> Tensor:
-    embeddings = model.get_input_embeddings().weight
+    embeddings = token_embeddings(model)
     size = embeddings.shape[0]
     ids = torch.arange(2 * tokens).view(2, tokens) * 31 % max(size - 5, 1) + min(3, size - 1)
     return (ids % size).to(embeddings.device)

@@ -16,10 +16,12 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 from ..core.errors import FileFormatError, InputError, StateError
 from ..core.files import MAX_BYTES, read_file, write_file
 from ..core.state import Rows, State
+from .anatomy import token_embeddings
 from .attach import base_model
 from .cache import KeyValues, MemoryCache
 from .fingerprint import check_fingerprint, fingerprint
-from .host import MemoryHost, check_vocabulary
+from .host import MemoryHost
+from .inputs import check_vocabulary
 
 _SEGMENTS_PER_CALL = 16
 
@@ -399,7 +401,7 @@ class Stream:
             raise InputError(f"Input of {ids.shape[0]} rows for a stream of {self.batch_size}.")
         if not ids.numel() or not bool(mask.any()):
             raise InputError("Empty input: expected at least one token.")
-        check_vocabulary(ids.long()[mask.bool()], self.base.get_input_embeddings().weight.shape[0])
+        check_vocabulary(ids.long()[mask.bool()], token_embeddings(self.base).shape[0])
         return ids.long().masked_fill(mask == 0, 0), mask
 
     def _rows(self, inputs: Any) -> list[list[int]]:

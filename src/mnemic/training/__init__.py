@@ -5,6 +5,6 @@ from .tokenizer import listed_tokenizer, word_tokenizer
 from .trainer import LossProgress, MemoryTrainer
 
 __all__ = [
-    "Collator", "Example", "LossProgress", "MemoryTrainer", "SegmentLaw", "TextExamples", "answer_example", "listed_tokenizer",
-    "word_tokenizer",
+    "Collator", "Example", "LossProgress", "MemoryTrainer", "SegmentLaw", "TextExamples", "answer_example",
+    "listed_tokenizer", "word_tokenizer",
 ]  # fmt: skip

@@ -23,8 +23,8 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int = 4096, always: Iterabl
     trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=[*SPECIAL, *sorted(kept)], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     # Made anew, so that words kept by name are ordinary ones and only the first three stay special when decoding.
-    ordered = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
-    return listed_tokenizer(ordered, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+    ids = tokenizer.get_vocab()
+    return listed_tokenizer(sorted(ids, key=ids.__getitem__), pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
 
 
 def listed_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenizerFast:

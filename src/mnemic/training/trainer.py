@@ -61,8 +61,8 @@ class MemoryTrainer(Trainer):
         inputs = {**inputs, "truncation": self.truncation, "use_cache": False, "memory_diagnostics": due}
         return_outputs = kwargs.pop("return_outputs", args[0] if args else False)
         loss, outputs = super().compute_loss(model, inputs, True, *args[1:], **kwargs)
-        if due and getattr(outputs, "memory_diagnostics", None):
-            self._diagnostics = outputs.memory_diagnostics
+        if due:
+            self._diagnostics = getattr(outputs, "memory_diagnostics", None) or {}
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -17,4 +17,7 @@ class NoMemory(Memory):
     name = "none"
     config_class = NoneConfig
     paper = "baseline: the host alone"
-    identity_at_attach = True
+
+    @property
+    def identity_at_attach(self) -> bool:
+        return True

@@ -21,4 +21,7 @@ class Window(Memory):
     config_class = WindowConfig
     paper = "baseline: sliding-window attention (Mistral 7B, 2023, arXiv 2310.06825)"
     sliding_window = True
-    identity_at_attach = True
+
+    @property
+    def identity_at_attach(self) -> bool:
+        return True
