@@ -167,8 +167,10 @@ def _stream(console: Console, folder: Path, model_folder: Path) -> dict[str, str
     console.print(f"[bold]A stream.[/] Fed: {story!r}")
     console.print(f"Saved to {path} ({path.stat().st_size:,} bytes). A new process asks {question!r} ...")
     command = [sys.executable, "-m", "mnemic", "stream", str(model_folder), "--load", str(path), "--ask", question]
-    answer = subprocess.run(
-        [*command, "--max-new-tokens", "1"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    # It would read its standard input as text to feed; there is none.
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "1"], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+    )
+    answer = done.stdout.strip()
     console.print(f"It answers: [bold]{answer}[/] (the fact was {value!r}, {stream.tokens_seen} words before)\n")
     return {"expected": value, "answer": answer}

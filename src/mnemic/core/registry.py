@@ -16,7 +16,7 @@ from .memory import Memory, MemoryConfig
 @lru_cache(maxsize=1)
 def _modules() -> dict[str, str]:
     """Name of every memory -> the module that holds it, without importing those modules."""
-    import mnemic.memories as root
+    root = importlib.import_module("mnemic.memories")
 
     found = {}
     for family in pkgutil.iter_modules(root.__path__):

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..core.errors import HostError
+from ..core.memory import Memory, MemoryConfig
 from .anatomy import Anatomy, token_embeddings
 
 if TYPE_CHECKING:
@@ -17,13 +18,18 @@ if TYPE_CHECKING:
 _TOKENS = 7
 
 
+class _Nothing(Memory):
+    """Reads and writes nothing: what remains is the segment loop and its cache."""
+
+    name = "nothing"
+
+
 def check_host(model: PreTrainedModel, anatomy: Anatomy) -> None:
     """Rows at different places, fed in chunks through the segment loop, must get the logits of a plain forward.
 
     Raises:
         HostError: the host fails or gives other numbers.
     """
-    from ..memories.baselines.none import NoMemory, NoneConfig
     from .anatomy import host_spec
     from .attach import detach, install
 
@@ -32,7 +38,7 @@ def check_host(model: PreTrainedModel, anatomy: Anatomy) -> None:
     try:
         with evaluating(model), torch.no_grad():
             expected = model(ids, use_cache=False).logits[:, -1]
-            install(model, NoMemory(NoneConfig(), host_spec(model)), anatomy, _TOKENS + 1)
+            install(model, _Nothing(MemoryConfig(), host_spec(model)), anatomy, _TOKENS + 1)
             try:
                 got = _ragged(model, ids)  # pyright: ignore[reportArgumentType]
             finally:
