@@ -163,14 +163,15 @@ class LM2(Memory):
 
     def prepare(self, state: State) -> dict[str, Tensor]:
         """Keys and values of the slots for every block, (B, blocks, h, N, e)."""
+        if not self.layers:
+            return {}
         bank, width = state["bank"], self.host.hidden_size
         w_key, w_value = self.key.full(), self.value.full()
         slots = bank
         if self.slot_norm is not None:
             slots = F.rms_norm(bank, (width,))
             w_key = self.slot_norm[:, :, None] * w_key
-        # (B, banks, N, d) x (blocks, d, d): a shared bank broadcasts over the blocks.
-        keys, values = torch.matmul(slots, w_key), torch.matmul(bank, w_value)
+        keys, values = self._project(slots, w_key), self._project(bank, w_value)
         heads = self.config.num_heads
         return {"keys": slot_bank.split_heads(keys, heads), "values": slot_bank.split_heads(values, heads)}
 
@@ -228,6 +229,14 @@ class LM2(Memory):
         content = memory if self.content is None else memory + self.content(tokens, i)
         written = gate_in * torch.tanh(content) + gate_forget * bank
         return written, {"gate_in": gate_in, "gate_forget": gate_forget}
+
+    def _project(self, banks: Tensor, weights: Tensor) -> Tensor:
+        """(B, banks, N, d) through each block's matrix (blocks, d, d) -> (B, blocks, N, d)."""
+        if banks.shape[1] > 1:
+            return torch.matmul(banks, weights)
+        # One product for a shared bank and all blocks; broadcasting would run one a row and block.
+        wide = banks.squeeze(1) @ weights.transpose(0, 1).flatten(1)
+        return wide.unflatten(-1, (len(weights), -1)).transpose(1, 2)
 
     def _normed(self, x: Tensor, weight: nn.Parameter | None, i: int) -> Tensor:
         return x if weight is None else F.rms_norm(x, (x.shape[-1],), weight[i])
