@@ -15,10 +15,10 @@ from .recall import RecallTask
 
 
 class RecallExamples(IterableDataset):
-    """Endless cross-segment recall with the fact in the first segment, the question at the end of the last."""
+    """Endless cross-segment recall: the fact in `fact_segment` (None: any), the question at the end of the last."""
 
-    def __init__(self, task: RecallTask, law: SegmentLaw, seed: int = 0):
-        self.task, self.law, self.seed = task, law, seed
+    def __init__(self, task: RecallTask, law: SegmentLaw, seed: int = 0, *, fact_segment: int | None = None):
+        self.task, self.law, self.seed, self.fact_segment = task, law, seed, fact_segment
 
     def __iter__(self) -> Iterator[Example]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -27,7 +27,7 @@ class RecallExamples(IterableDataset):
             n = next(counts)
             for _ in range(self.law.batch - 1):
                 next(counts)
-            batch = self.task.batch(self.law.batch, generator, segments=n)
+            batch = self.task.batch(self.law.batch, generator, segments=n, fact_segment=self.fact_segment)
             for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
                 yield Example(input_ids=ids, labels=labels)
 

@@ -66,6 +66,7 @@ class Experiment:
     task: str = option("babilong", "what to train on: recall, babilong or text")
     tasks: tuple[str, ...] = option(("qa1",), "BABILong tasks, drawn in turn")
     recall_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "sizes of the recall task"})
+    fact_segment: int | None = option(None, "recall: the segment of the fact (0: the first); None for any")
     data: str | None = option(None, "folder with the released bAbI files and books; for text: a .txt file or folder")
     vocabulary: int = option(4096, "words of the tokenizer made for a fresh host", minimum=16)
     segment: int = option(64, "tokens of a segment", minimum=1)
@@ -292,7 +293,7 @@ def _word_tokenizer(experiment: Experiment) -> Any:
 def _examples(experiment: Experiment, model: Any, tokenizer: Any) -> Any:
     law = experiment.law()
     if experiment.task == "recall":
-        return RecallExamples(recall_task(experiment), law, experiment.seed)
+        return RecallExamples(recall_task(experiment), law, experiment.seed, fact_segment=experiment.fact_segment)
     if experiment.task == "babilong":
         return BabilongExamples(
             experiment.tasks, tokenizer, experiment.segment, law, data=experiment.data, seed=experiment.seed
