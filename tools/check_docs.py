@@ -20,7 +20,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-GENERATED = {"systems": "mnemic systems --markdown"}
+GENERATED = {
+    "systems": "mnemic systems --markdown",
+    **{name: f"python tools/tables.py {name}" for name in ("demo", "bench", "babilong")},
+}
 # Run when they stand beside mnemic on a line: a pipe, a redirection.
 HELPERS = {"cat", "echo", "head", "ls", "mkdir", "printf", "tail"}
 # May be shown, never run.

@@ -27,14 +27,27 @@ if TYPE_CHECKING:
     )
     from .core.state import State
     from .core.truncation import Truncation
-    from .hosts import Stream, add_lora, attach, detach, freeze_host, is_attached, load, parameter_report, save
+    from .hosts import (
+        Stream,
+        add_lora,
+        attach,
+        detach,
+        freeze_host,
+        is_attached,
+        load,
+        load_state,
+        parameter_report,
+        save,
+        save_state,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConfigError", "DataError", "FileFormatError", "HostError", "InputError", "MissingExtraError", "MnemicError",
     "State", "StateError", "Stream", "Truncation", "UnknownNameError", "UnsupportedError", "add_lora", "attach",
-    "detach", "freeze_host", "is_attached", "load", "memory_config", "memory_names", "parameter_report", "save",
+    "detach", "freeze_host", "is_attached", "load", "load_state", "memory_config", "memory_names", "parameter_report",
+    "save", "save_state",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:

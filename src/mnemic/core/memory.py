@@ -152,6 +152,8 @@ class Memory(nn.Module):
         name: as in the registry; config_class; paper: title, year and arXiv number for tables and docs.
         croppable: the last tokens can be taken back, so assisted decoding may use it.
         constant_size: the state's bytes do not grow with the tokens read.
+        reorderable: rows of its state may change places, so beam search may use it.
+        batch_safe: rows may be read side by side.
         sliding_window: no commits; each token sees the last `segment` tokens through the KV cache.
         whole_segments: each call brings complete segments for every row; no decoding token by token.
     """
@@ -160,6 +162,8 @@ class Memory(nn.Module):
     config_class: ClassVar[type[MemoryConfig]]
     paper: ClassVar[str]
     croppable: ClassVar[bool] = False
+    reorderable: ClassVar[bool] = True
+    batch_safe: ClassVar[bool] = True
     constant_size: ClassVar[bool] = True
     sliding_window: ClassVar[bool] = False
     whole_segments: ClassVar[bool] = False

@@ -47,8 +47,8 @@ class MemoryGeneration(_Base):
         """As the host's `generate()`, over any length of prompt.
 
         Raises:
-            UnsupportedError: modes that take tokens back (assisted and prompt-lookup decoding), since a memory that
-                has committed cannot.
+            UnsupportedError: modes that the memory does not declare it can do: taking tokens back (assisted and
+                prompt-lookup decoding; a memory that has committed cannot), reordering rows (beams).
         """
         config = kwargs.get("generation_config") or self.generation_config
         rolls_back = [
@@ -60,6 +60,11 @@ class MemoryGeneration(_Base):
             raise UnsupportedError(
                 f"{', '.join(rolls_back)}: such decoding takes tokens back, which the memory {self.memory.name!r} "
                 "cannot once it has committed. Use greedy search, sampling or beams."
+            )
+        if not self.memory.reorderable and (kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1:
+            raise UnsupportedError(
+                f"num_beams: beam search moves rows about, which the memory {self.memory.name!r} does not allow. Use "
+                "greedy search or sampling."
             )
         return super().generate(*args, **kwargs)
 

@@ -335,6 +335,8 @@ class MemoryHost(MemoryGeneration):
     # Around the loop
 
     def _start(self, cache: MemoryCache, batch: int, memory_state: State | None) -> None:
+        if batch > 1 and not self.memory.batch_safe:
+            raise UnsupportedError(f"The memory {self.memory.name!r} reads one row at a time; got {batch}.")
         if not cache.started:
             first = self.memory.initial_state(batch)
             if memory_state is not None:

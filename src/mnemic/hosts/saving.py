@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from ..core.errors import FileFormatError, HostError, InputError, StateError
 from ..core.files import FORMAT_VERSION, read_file, replace_atomically, write_file
 from ..core.registry import config_from_dict
+from ..core.state import State
 from .attach import attach, base_model, is_attached
 from .fingerprint import check_fingerprint, fingerprint
 
@@ -80,6 +81,47 @@ def load(folder: str | os.PathLike, host: Any = None, *, trainable: bool = False
     if (folder / HEADER).is_file():
         return _load_whole(folder, options)
     raise FileFormatError(f"{folder} holds neither {ADAPTER} nor {HEADER}; expected a folder that mnemic.save wrote.")
+
+
+def save_state(model: Any, state: State, path: str | os.PathLike) -> None:
+    """Write a state alone, without an open segment: what the memory knows, to be handed on or kept.
+
+    Raises:
+        HostError: no memory is attached. InputError: the file cannot be written.
+    """
+    base = base_model(model)
+    if not is_attached(base):
+        raise HostError(f"{type(base).__name__} has no memory, so no state belongs to it.")
+    header = {**describe(base), "memory_fingerprint": fingerprint(base, "memory")}
+    write_file(path, "state", header, dict(state))
+
+
+def load_state(model: Any, path: str | os.PathLike) -> State:
+    """Read what `save_state` wrote; goes into `model(..., memory_state=state)`.
+
+    Raises:
+        FileFormatError: the file is damaged or foreign. StateError: it belongs to another memory, host or weights.
+    """
+    header, tensors = read_file(path, "state")
+    base = base_model(model)
+    check_owner(base, header, f"The state {path}")
+    state = State({n: t.to(base.device, base.dtype if t.is_floating_point() else None) for n, t in tensors.items()})
+    base.memory.initial_state(1)._check_same(state)
+    return state
+
+
+def check_owner(base: Any, header: dict[str, Any], what: str) -> None:
+    """Raises `StateError` unless a stream or state was written with this model's memory, host and weights."""
+    # As the header holds it: JSON has no tuples.
+    mine, theirs = json.loads(json.dumps(base.memory.config.to_dict())), header["memory"]
+    if theirs != mine:
+        differing = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
+        detail = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in differing)
+        raise StateError(f"{what} was written with another memory ({detail}).")
+    if header["segment"] != base.mnemic.layout.segment:
+        raise StateError(f"{what} has segments of {header['segment']} tokens, this model {base.mnemic.layout.segment}.")
+    check_fingerprint(base, "host", header["host"]["fingerprint"], what)
+    check_fingerprint(base, "memory", header["memory_fingerprint"], what)
 
 
 def describe(base: Any) -> dict[str, Any]:

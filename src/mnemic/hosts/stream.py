@@ -1,6 +1,5 @@
 """Stream: one running sequence (or a batch of them) at constant memory; what a session saves."""
 
-import json
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,15 +12,16 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from ..core.errors import FileFormatError, InputError, StateError
+from ..core.errors import FileFormatError, InputError
 from ..core.files import MAX_BYTES, read_file, write_file
 from ..core.state import Rows, State
 from .anatomy import token_embeddings
 from .attach import base_model
 from .cache import KeyValues, MemoryCache
-from .fingerprint import check_fingerprint, fingerprint
+from .fingerprint import fingerprint
 from .host import MemoryHost
 from .inputs import check_vocabulary
+from .saving import check_owner, describe
 
 _SEGMENTS_PER_CALL = 16
 
@@ -273,7 +273,7 @@ class Stream:
         base: MemoryHost = base_model(model)
         what = f"The stream {path}"
         try:
-            cls._check_owner(base, header, what)
+            check_owner(base, header, what)
             stream = cls(model, len(header["open"]), tokenizer=tokenizer)
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise FileFormatError(f"{what} is incomplete or inconsistent ({error}); restore it from a copy.") from error
@@ -285,23 +285,6 @@ class Stream:
 
     # Inside
 
-    @staticmethod
-    def _check_owner(base: MemoryHost, header: dict[str, Any], what: str) -> None:
-        """Raises `StateError` unless the stream was written with this model's memory, host and weights."""
-        # As the header holds it: JSON has no tuples.
-        mine = json.loads(json.dumps(base.memory.config.to_dict()))
-        if header["memory"] != mine:
-            theirs = header["memory"]
-            differing = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
-            detail = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in differing)
-            raise StateError(f"{what} was written with another memory ({detail}).")
-        if header["segment"] != base.mnemic.layout.segment:
-            raise StateError(
-                f"{what} has segments of {header['segment']} tokens, this model {base.mnemic.layout.segment}."
-            )
-        check_fingerprint(base, "host", header["host"]["fingerprint"], what)
-        check_fingerprint(base, "memory", header["memory_fingerprint"], what)
-
     def _new_cache(self) -> MemoryCache:
         cache = MemoryCache(self.base.mnemic.layout)
         with torch.no_grad():
@@ -310,8 +293,6 @@ class Stream:
         return cache
 
     def _header(self) -> dict[str, Any]:
-        from .saving import describe
-
         return {
             **describe(self.base),
             "memory_fingerprint": fingerprint(self.base, "memory"),
