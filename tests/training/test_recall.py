@@ -21,7 +21,7 @@ def _accuracy(
         steps=steps, batch_size=64, weight_decay=0.0, schedule="constant_with_warmup", log_every=500, fact_segment=0,
         host_options={
             "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": False,
-            "initializer_range": 0.1,
+            "initializer_range": 0.04,
         },
     )  # fmt: skip
     run(experiment, tmp_path / memory, progress=False)

@@ -32,7 +32,7 @@ EXPERIMENT = Experiment(
         "hidden_size": 32,
         "intermediate_size": 64,
         "max_position_embeddings": 64,
-        "initializer_range": 0.1,
+        "initializer_range": 0.04,
         "tie_word_embeddings": False,
     },
     segment=TASK.segment_length,
