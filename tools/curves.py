@@ -1,4 +1,4 @@
-"""Loss curves of the runs under results/babilong, as results/babilong/loss.png."""
+"""Loss curves of the runs under results/babilong, as results/babilong/loss.png and in the docs."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,8 @@ def main() -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(ROOT / "loss.png")
+    for path in (ROOT / "loss.png", ROOT.parents[1] / "docs" / "images" / "babilong-loss.png"):
+        figure.savefig(path)
 
 
 if __name__ == "__main__":

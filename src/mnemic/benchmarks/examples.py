@@ -1,5 +1,6 @@
 """Training examples of the tasks of this package, for `mnemic.training`."""
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,22 +42,34 @@ class BabilongExamples(IterableDataset):
     Args:
         tasks: "qa1" ...; drawn in turn. segment: tokens of a segment. law: how many segments a sample has.
         data: folder with the released files, or None; see `open_babilong`.
+        vary_length: let samples end anywhere in their last segment, in sixteenths of it. Otherwise the question always
+            stands at the same place of a segment, and a model answers it only there.
 
     Raises:
         ConfigError: segments too short for any story.
     """
 
     RESERVE = 20
+    SHORTEST = 28
 
     def __init__(
-        self, tasks: tuple[str, ...], tokenizer: Any, segment: int, law: SegmentLaw, *, data: Any = None, seed: int = 0
+        self,
+        tasks: tuple[str, ...],
+        tokenizer: Any,
+        segment: int,
+        law: SegmentLaw,
+        *,
+        data: Any = None,
+        seed: int = 0,
+        vary_length: bool = True,
     ):
-        if law.least * segment <= self.RESERVE + 10:
+        if law.least * segment < self.RESERVE + self.SHORTEST:
             raise ConfigError(
                 f"{law.least} segment(s) of {segment} tokens leave no room for a story; train on more segments at "
                 "least, or longer ones."
             )
         self.tasks, self.tokenizer, self.segment, self.law, self.seed = tasks, tokenizer, segment, law, seed
+        self.vary_length = vary_length
         folder = data_folder(data)
         background = "books" if folder else "prose"
         self.haystack = Haystack(named(background, "train", folder), tokenizer)
@@ -64,8 +77,12 @@ class BabilongExamples(IterableDataset):
 
     def __iter__(self) -> Iterator[Example]:
         opened: dict[tuple[str, int], Iterator[BabilongSample]] = {}
+        rng = random.Random(f"mnemic.lengths|{self.seed}")
         for i, count in enumerate(self.law.draw(self.seed)):
-            key = (self.tasks[i % len(self.tasks)], count)
+            length = count * self.segment
+            if self.vary_length:
+                length -= rng.randrange(16) * self.segment // 16
+            key = (self.tasks[i % len(self.tasks)], max(length, self.RESERVE + self.SHORTEST))
             if key not in opened:
                 opened[key] = self._open(*key)
             sample = next(opened[key])
@@ -73,15 +90,15 @@ class BabilongExamples(IterableDataset):
             answer = self.tokenizer(sample.target, add_special_tokens=False)["input_ids"]
             yield answer_example(ids, [*answer, self.tokenizer.eos_token_id])
 
-    def _open(self, task: str, count: int) -> Iterator[BabilongSample]:
+    def _open(self, task: str, length: int) -> Iterator[BabilongSample]:
         return iter(
             open_babilong(
                 task,
-                count * self.segment,
+                length,
                 self.tokenizer,
                 "train",
                 data=self.data,
-                seed=self.seed + count,
+                seed=self.seed + (length if self.vary_length else length // self.segment),
                 background=self.haystack,
                 reserve=self.RESERVE,
                 # The official bound (an eighth of the budget) would leave short samples without a story.

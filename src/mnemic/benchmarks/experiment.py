@@ -67,6 +67,7 @@ class Experiment:
     tasks: tuple[str, ...] = option(("qa1",), "BABILong tasks, drawn in turn")
     recall_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "sizes of the recall task"})
     fact_segment: int | None = option(None, "recall: the segment of the fact (0: the first); None for any")
+    vary_length: bool = option(True, "babilong: samples end anywhere in their last segment, not always at one place")
     data: str | None = option(None, "folder with the released bAbI files and books; for text: a .txt file or folder")
     vocabulary: int = option(4096, "words of the tokenizer made for a fresh host", minimum=16)
     segment: int = option(64, "tokens of a segment", minimum=1)
@@ -296,7 +297,13 @@ def _examples(experiment: Experiment, model: Any, tokenizer: Any) -> Any:
         return RecallExamples(recall_task(experiment), law, experiment.seed, fact_segment=experiment.fact_segment)
     if experiment.task == "babilong":
         return BabilongExamples(
-            experiment.tasks, tokenizer, experiment.segment, law, data=experiment.data, seed=experiment.seed
+            experiment.tasks,
+            tokenizer,
+            experiment.segment,
+            law,
+            data=experiment.data,
+            seed=experiment.seed,
+            vary_length=experiment.vary_length,
         )
     documents = [tokenizer(text)["input_ids"] for text in _texts(experiment)]
     return TextExamples(documents, experiment.segment, law, experiment.seed)
