@@ -1,5 +1,6 @@
 """Commands run in this process, on models of a few thousand parameters."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,9 @@ def succeed(*arguments, text=None):
     return result
 
 
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    """Commands change how loud other libraries are; undone after each test."""
-    monkeypatch.delenv("MNEMIC_DATA", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
+@contextmanager
+def restored():
+    """Commands change how loud other libraries are; undone at the end."""
     verbosity, console = logging.get_verbosity(), dict(rich.get_console().__dict__)
     yield
     logging.set_verbosity(verbosity)
@@ -38,9 +37,18 @@ def as_before(monkeypatch):
     rich.get_console().__dict__.update(console)
 
 
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    monkeypatch.delenv("MNEMIC_DATA", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    with restored():
+        yield
+
+
 @pytest.fixture(scope="session")
 def recall_run(tmp_path_factory) -> Path:
     """A run folder: recall, three steps."""
     folder = tmp_path_factory.mktemp("runs") / "recall"
-    succeed("train", *RECALL, *TINY, "--steps", 3, "--set", "log_every=1", "--output", folder)
+    with restored():
+        succeed("train", *RECALL, *TINY, "--steps", 3, "--set", "log_every=1", "--output", folder)
     return folder

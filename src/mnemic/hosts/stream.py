@@ -8,6 +8,7 @@ from operator import index
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import StoppingCriteriaList, TextIteratorStreamer
@@ -97,7 +98,7 @@ class Stream:
             inputs: one row: a string, a list of ids, or a tensor (Q,) or (1, Q); several rows: a list of strings or
                 of lists of ids (any lengths), or a tensor (B, Q) with `attention_mask`.
             return_logits: return the logits of every column given, (B, Q, V) on the CPU; otherwise the stream.
-            progress: show a progress bar.
+            progress: show a progress bar on stderr.
 
         Raises:
             InputError: empty input, wrong shapes, ids outside the vocabulary, or text without a tokenizer.
@@ -110,7 +111,7 @@ class Stream:
             TimeElapsedColumn(),
         )
         count = 0
-        with Progress(*columns, disable=not progress) as bar, torch.no_grad():
+        with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar, torch.no_grad():
             task = bar.add_task("", total=None, speed=0)
             for piece in pieces:
                 ids, mask = self._encode(piece, attention_mask)
