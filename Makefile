@@ -57,7 +57,7 @@ docs: $(STAMP)  ## build the documentation into site/
 check-docs: $(STAMP)  ## run the examples of README and docs, check tables and links
 	$(BIN)/python tools/check_docs.py
 
-bench: $(STAMP)  ## measure speed and memory use
+bench: $(STAMP)  ## measure speed against the plain host, as ratios
 	$(BIN)/python -m benchmarks.run
 
 clean:  ## remove what was built; .venv stays

@@ -9,7 +9,7 @@ import mnemic
 from mnemic.benchmarks.experiment import Experiment
 from mnemic.cli import stream as stream_command
 from mnemic.cli.train import tokens_expected
-from tests.cli.conftest import RECALL, TINY, invoke, succeed
+from tests.cli.conftest import RECALL, TINY, invoke, restored, succeed
 
 STORY = "Mary garden the rain\nfell and John office\n" * 9
 
@@ -113,7 +113,8 @@ def test_eval_recall(recall_run):
 def babilong_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "babilong"
     task = ("--task", "babilong", "--memory", "rmt", "--set", "memory.num_tokens=2", "--set", "vocabulary=300")
-    succeed("train", *task, *TINY, "--segments", "1", "--steps", 1, "--output", folder)
+    with restored():
+        succeed("train", *task, *TINY, "--segments", "1", "--steps", 1, "--output", folder)
     return folder
 
 
