@@ -65,3 +65,11 @@ def word_tokenizer(bos: bool = False) -> Any:
 
 def words(ids: Any) -> str:
     return " ".join(f"w{i}" for i in ids)
+
+
+def close(found, expected, atol=2e-5):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=1e-4)
+
+
+def last(stream):
+    return stream.cache.last_logits

@@ -9,29 +9,11 @@ import torch
 
 import mnemic
 from mnemic import InputError, StateError, Stream
-from tests.hosts.models import MEMORIES, SEGMENT, greedy, logits_of, tiny_model
+from tests.hosts.models import MEMORIES, SEGMENT, close, greedy, last, logits_of, tiny_model
 from tests.tiny import random_ids
 
 IDS = random_ids(1, 29, seed=5)
 ROW = IDS[0].tolist()
-
-
-@pytest.fixture(scope="module", params=MEMORIES)
-def model(request):
-    return tiny_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def lm2():
-    return tiny_model("lm2")
-
-
-def close(found, expected, atol=2e-5):
-    torch.testing.assert_close(found, expected, atol=atol, rtol=1e-4)
-
-
-def last(stream):
-    return stream.cache.last_logits
 
 
 def test_reset_forgets_everything(model):
