@@ -13,6 +13,7 @@ from torch import Tensor
 from mnemic.core.memory import HostSpec, Segment
 from mnemic.core.registry import memory_class, memory_config
 from mnemic.core.state import State
+from mnemic.core.step import Step
 
 
 def build(width: int = 8, layers: int = 2, seed: int = 0, spread: float = 0.4, **options: Any):
@@ -43,7 +44,9 @@ def run(memory, xs: list[Tensor], sources: list[Tensor], bank: Tensor, mask: Ten
     state = State({"bank": bank})
     reads, outputs, trace = memory.prepare(state), [], {}
     for i, layer in enumerate(memory.layers):
-        x, trace[layer] = memory.residual(xs[i], sources[i], layer, reads)
+        step = Step.alone(memory, layer, reads=reads)
+        x = memory.residual(xs[i], sources[i], step)
+        trace[layer] = step.frame.trace[layer]
         outputs.append(x)
     return outputs, memory.commit(state, Segment(trace=trace, mask=mask))["bank"]
 

@@ -11,6 +11,7 @@ from mnemic import ConfigError, InputError
 from mnemic.core.memory import HostSpec, Segment
 from mnemic.core.registry import memory_class, memory_config
 from mnemic.core.state import State
+from mnemic.core.step import Frame, Step
 from tests.tiny import random_ids, tiny_host
 
 WIDTH = 32
@@ -28,12 +29,10 @@ def build(width: int = 8, layers: int = 3, seed: int = 0, **options):
 
 def run(memory, xs: list[Tensor], bank: Tensor) -> tuple[list[Tensor], Tensor]:
     """The blocks of one forward in order, as the host calls them, and the commit."""
-    state, outputs, trace = State({"bank": bank}), [], {}
-    for layer, x in enumerate(xs):
-        below = {f"below/{n}": t for n, t in trace.get(layer - 1, {}).items()}
-        out, trace[layer] = memory.residual(x, x, layer, memory.prepare(state) | below)
-        outputs.append(out)
-    return outputs, memory.commit(state, Segment(trace=trace))["bank"]
+    state = State({"bank": bank})
+    frame = Frame(memory, state, memory.prepare(state))
+    outputs = [memory.residual(x, x, frame.at(layer)) for layer, x in enumerate(xs)]
+    return outputs, memory.commit(state, Segment(trace=frame.trace))["bank"]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -209,7 +208,8 @@ def test_anything_but_whole_segments_is_refused():
         model.generate(random_ids(1, WIDTH), max_new_tokens=2)
     memory = build()
     with pytest.raises(InputError, match="whole segments of 8 tokens; got 5"):
-        memory.residual(torch.zeros(1, 5, 8), torch.zeros(1, 5, 8), 0, memory.prepare(memory.initial_state(1)))
+        step = Step.alone(memory, reads=memory.prepare(memory.initial_state(1)))
+        memory.residual(torch.zeros(1, 5, 8), torch.zeros(1, 5, 8), step)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def _probe(name: str, preset: str) -> dict[str, Any]:
             plain = torch.cat([host(part, use_cache=False).logits for part in first], dim=1)
             model = attach(host, name, preset=preset, segment=SEGMENT, check=False)
             # A window sees across the edges of segments, as it should: only the first one is the host's own.
-            read = SEGMENT if model.memory.sliding_window else 2 * SEGMENT
+            read = SEGMENT if model.memory.continuous else 2 * SEGMENT
             logits = model(ids[:, :read], use_cache=False).logits
             result["sites"] = sorted(model.memory.sites)
             result["identity"] = bool(torch.allclose(logits, plain[:, :read], atol=1e-5))

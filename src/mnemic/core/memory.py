@@ -6,7 +6,7 @@ remembers: state comes in as an argument and leaves as a result. A memory overri
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -15,9 +15,26 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, UnknownNameError
 from .state import State
+from .step import AttentionCall, Host, Step
 
-Site = Literal["tokens", "residual"]
-"""Where a memory reads. `tokens`: memory tokens around the segment; `residual`: beside a block's attention."""
+Site = Literal["tokens", "attention", "residual", "feed_forward", "logits"]
+"""Where a memory reads. `tokens`: memory tokens around the segment; `attention`: inside a block's attention, or in its
+place; `residual`: beside it, or around the block; `feed_forward`: beside a feed-forward part, or in its place;
+`logits`: after the head."""
+
+SITE_METHODS: Mapping[str, Site] = {
+    "before_attention": "attention",
+    "mixer": "attention",
+    "keys_values": "attention",
+    "attention": "attention",
+    "linear": "attention",
+    "before_layer": "residual",
+    "residual": "residual",
+    "after_layer": "residual",
+    "feed_forward": "feed_forward",
+    "logits": "logits",
+}
+"""The methods that a memory overrides to read at a site."""
 
 
 def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
@@ -117,7 +134,9 @@ class HostSpec:
     """What a memory may know about its host when it is built.
 
     hidden_size: width d of the residual stream; num_layers: L; embedding_std: standard deviation of the token
-    embeddings, for memories that start out looking like tokens.
+    embeddings, for memories that start out looking like tokens; num_heads, num_key_value_heads, head_dim: of the
+    attention; rotary: keys are turned by their position; vocab_size; max_positions: None
+    if unlimited; linears: by their names in the first block, (input, output) widths of its linear layers.
     """
 
     hidden_size: int
@@ -125,28 +144,42 @@ class HostSpec:
     embedding_std: float
     dtype: torch.dtype
     device: torch.device
+    num_heads: int = 1
+    num_key_value_heads: int = 1
+    head_dim: int = 0
+    vocab_size: int = 0
+    rotary: bool = False
+    max_positions: int | None = None
+    linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 Trace = dict[str, Tensor]
-"""What one layer leaves behind for the commit: named tensors (B, tokens, ...)."""
+"""What one layer keeps for the commit: named tensors (B, tokens, ...)."""
 
 
 @dataclass(frozen=True)
 class Segment:
     """What happened in a segment, for `Memory.commit`.
 
-    trace: per layer, what `Memory.residual` returned, over all tokens of the segment in order, (B, T, ...).
+    trace: per layer, what was kept with `Step.keep`, over all text tokens of the segment in order, (B, T, ...).
     written: last hidden states (after the host's final norm) of the write tokens, (B, num_write_tokens, d).
+    written_trace: per layer, what was kept with `Step.keep_written`, (B, num_write_tokens, ...).
     mask: (B, T) bool, False for padding; None where every token is real.
+    start: (B,) int64, tokens of the stream before this segment.
     """
 
     trace: Mapping[int, Trace]
     written: Tensor | None = None
+    written_trace: Mapping[int, Trace] = field(default_factory=dict)
     mask: Tensor | None = None
+    start: Tensor | None = None
 
 
 class Memory(nn.Module):
     """Base of all memories.
+
+    A memory overrides the methods of the sites it reads at (`SITE_METHODS`), `initial_state`, and `commit` or the
+    running state that a site leaves with `Step.leave`. What it does not override is not hooked.
 
     Class attributes that a system declares:
         name: as in the registry; config_class; paper: title, year and arXiv number for tables and docs.
@@ -154,8 +187,9 @@ class Memory(nn.Module):
         constant_size: the state's bytes do not grow with the tokens read.
         reorderable: rows of its state may change places, so beam search may use it.
         batch_safe: rows may be read side by side.
-        sliding_window: no commits; each token sees the last `segment` tokens through the KV cache.
         whole_segments: each call brings complete segments for every row; no decoding token by token.
+        write_pass: a complete segment runs through the host a second time, with `Step.writing` set, before `commit`.
+        limits: rules of the contract that it does not hold -> why, for tables; {} for nearly all.
     """
 
     name: ClassVar[str]
@@ -165,8 +199,9 @@ class Memory(nn.Module):
     reorderable: ClassVar[bool] = True
     batch_safe: ClassVar[bool] = True
     constant_size: ClassVar[bool] = True
-    sliding_window: ClassVar[bool] = False
     whole_segments: ClassVar[bool] = False
+    write_pass: bool = False
+    limits: ClassVar[Mapping[str, str]] = {}
 
     num_read_tokens: int = 0
     """Memory tokens in front of each segment."""
@@ -174,26 +209,43 @@ class Memory(nn.Module):
     """Memory tokens behind each complete segment; their last hidden states reach `commit` as `written`."""
     bidirectional_tokens: bool = False
     """Memory tokens of one end see each other in both directions."""
+    num_sinks: int = 0
+    """With `continuous`: the first tokens of a stream, which stay in sight of all."""
+    continuous: bool = False
+    """No segments and no commits: positions count from the start of the stream, `window` says how far tokens see."""
+    owns_cache: bool = False
+    """The host keeps no keys and values: `attention` gets this step's only and keeps what it wants in its buffers."""
+    companion: Any = None
+    """A second language model that reads the same tokens, for `logits` (`Step.companion_logits`)."""
 
     def __init__(self, config: MemoryConfig, host: HostSpec):
         super().__init__()
         self.config = config
         self.host = host
 
+    def uses(self, method: str) -> bool:
+        """Whether the memory overrides one of `SITE_METHODS`, or another method of this class."""
+        return getattr(type(self), method) is not getattr(Memory, method)
+
     @property
     def sites(self) -> frozenset[Site]:
-        """The sites this memory reads at: those it overrides."""
-        found: set[Site] = set()
+        """The sites this memory reads at: those whose methods it overrides."""
+        found: set[Site] = {site for method, site in SITE_METHODS.items() if self.uses(method)}
         if self.num_read_tokens or self.num_write_tokens:
             found.add("tokens")
-        if type(self).residual is not Memory.residual:
-            found.add("residual")
         return frozenset(found)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Blocks whose `residual` site this memory uses, in order."""
-        return tuple(range(self.host.num_layers)) if "residual" in self.sites else ()
+        """Blocks in which this memory takes part, in order."""
+        inside = self.sites - {"tokens", "logits"}
+        return tuple(range(self.host.num_layers)) if inside else ()
+
+    @property
+    def claims(self) -> frozenset[tuple[Site, int]]:
+        """Sites that it takes for itself: (site, block). By default attention where it replaces or keeps it."""
+        alone = self.uses("mixer") or self.owns_cache
+        return frozenset(("attention", layer) for layer in self.layers) if alone else frozenset()
 
     @property
     def identity_at_attach(self) -> bool:
@@ -204,27 +256,83 @@ class Memory(nn.Module):
         """Tokens between two commits; divides the segment length."""
         return segment
 
+    def window(self, segment: int) -> int:
+        """With `continuous`: how many tokens before the segment stay in sight, sinks not counted; 0 for none kept."""
+        return 0
+
+    def first_position(self, writing: bool = False) -> int:
+        """Position of a segment's first token on hosts with rotary positions: room for a memory that stands before."""
+        return 0
+
     def initial_state(self, batch_size: int) -> State:
         """The state of a stream that has read nothing."""
         return State()
 
-    def prepare(self, state: State) -> dict[str, Tensor]:
-        """What `residual` needs from the state, batch first, computed once after a commit and not at every token."""
+    def prepare(self, state: State, host: Host) -> dict[str, Tensor]:
+        """What the sites need from the committed state, batch first: computed once after a commit, not at every token.
+        `Step.read` gives it."""
         return {}
+
+    def fetch(self, state: State, tokens: Tensor, step: Step) -> dict[str, Tensor]:
+        """What the sites need from elsewhere for the text tokens of this step, ids (B, T) or embeddings (B, T, d)."""
+        return {}
+
+    # Sites, in the order in which a token meets them
 
     def tokens(self, state: State) -> tuple[Tensor, Tensor]:
         """Read and write tokens as input embeddings, (B, num_read_tokens, d) and (B, num_write_tokens, d)."""
         raise TypeError(f"{type(self).__name__} declares memory tokens and must override `tokens`.")
 
-    def residual(self, x: Tensor, source: Tensor, layer: int, reads: Mapping[str, Tensor]) -> tuple[Tensor, Trace]:
-        """What the attention of block `layer` adds to the residual stream, with the memory's part.
+    def before_layer(self, x: Tensor, step: Step) -> Tensor:
+        """What the block reads, (B, T, d), from what it was given."""
+        return x
+
+    def before_attention(self, x: Tensor, step: Step) -> Tensor:
+        """What the attention reads, (B, T, d), from what it was given (normalised in pre-norm hosts)."""
+        return x
+
+    def mixer(self, x: Tensor, step: Step) -> Tensor:
+        """In place of the attention module: (B, T, d) from its input (B, T, d)."""
+        raise TypeError(f"{type(self).__name__} does not replace attention.")
+
+    def linear(self, x: Tensor, out: Tensor, name: str, step: Step) -> Tensor:
+        """What a linear layer of the block gives, from its input and its own output."""
+        return out
+
+    def keys_values(self, keys: Tensor, values: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """This step's keys, free of position, and values before they are kept, (B, key-value heads, T, e)."""
+        return keys, values
+
+    def attention(self, call: AttentionCall, step: Step) -> Tensor:
+        """The attention's result before its output projection, (B, T, H, e); `call.plain()` is the host's."""
+        return call.plain()
+
+    def residual(self, x: Tensor, source: Tensor, step: Step) -> Tensor:
+        """What the attention of the block adds to the residual stream, with the memory's part.
 
         Args:
             x: attention output, (B, T, d).
             source: input of the attention module (the normalised residual stream in pre-norm hosts), (B, T, d).
-            reads: the result of `prepare` on the state that entered.
         """
-        raise TypeError(f"{type(self).__name__} declares no residual site.")
+        return x
+
+    def feed_forward(self, x: Tensor, mlp: Callable[[Tensor], Tensor], step: Step) -> Tensor:
+        """In place of the block's feed-forward part, `mlp`: (B, T, d) from its input (B, T, d)."""
+        return mlp(x)
+
+    def after_layer(self, x: Tensor, step: Step) -> Tensor:
+        """What the block gives, (B, T, d), from what it made."""
+        return x
+
+    def logits(self, logits: Tensor, step: Step) -> Tensor:
+        """Logits (B, n, vocabulary) of some text tokens, from the host's own."""
+        return logits
+
+    # Writing
+
+    def write_input(self, state: State, embeddings: Tensor) -> Tensor:
+        """Input of the second pass (`write_pass`), from the segment's token embeddings (B, T, d)."""
+        return embeddings
 
     def commit(self, state: State, segment: Segment) -> State:
         """The state after a complete segment."""

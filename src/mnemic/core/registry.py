@@ -47,6 +47,10 @@ def memory_class(name: str) -> type[Memory]:
     Raises:
         UnknownNameError: no memory has that name; close names are suggested.
     """
+    if name == "stack":
+        from .stack import Stack
+
+        return Stack
     if name not in _modules():
         raise UnknownNameError.of("memory", name, _modules())
     module = importlib.import_module(_modules()[name].partition(":")[0])

@@ -56,12 +56,11 @@ def examine(model: nn.Module) -> Anatomy:
     host_spans(model.config)
     stack, layers = _decoder_stack(model)
     config = model.config.get_text_config(decoder=True)
-    relative = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
     return Anatomy(
         layers=tuple(layers),
         stack=stack,
         max_positions=getattr(config, "max_position_embeddings", None),
-        position_table=not relative,
+        position_table=not _rotates(config),
     )
 
 
@@ -79,6 +78,7 @@ def host_spec(model: PreTrainedModel) -> HostSpec:
             f"{config.hidden_size}; memories need both equal."
         )
     # On a sample: the whole table of a large host in float32 would cost gigabytes.
+    heads = config.num_attention_heads
     std = 0.02 if embeddings.is_meta else float(embeddings[:1024].detach().float().std())
     return HostSpec(
         hidden_size=config.hidden_size,
@@ -86,7 +86,18 @@ def host_spec(model: PreTrainedModel) -> HostSpec:
         embedding_std=std,
         dtype=embeddings.dtype if embeddings.is_floating_point() else torch.get_default_dtype(),
         device=embeddings.device,
+        num_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=embeddings.shape[0],
+        rotary=_rotates(config),
+        max_positions=getattr(config, "max_position_embeddings", None),
+        linears={name: _widths(m) for name, m in linears_of(_decoder_stack(model)[1][0])},
     )
+
+
+def _rotates(config) -> bool:
+    return bool(getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None))
 
 
 def token_embeddings(model: PreTrainedModel) -> Tensor:
@@ -123,3 +134,32 @@ def attention_of(host: str, layer: nn.Module) -> nn.Module:
             "the residual site does not exist there. Memories at the site 'tokens' (rmt) may still attach."
         )
     return children[found[0]]
+
+
+def feed_forward_of(host: str, layer: nn.Module) -> nn.Module:
+    """The feed-forward module of a decoder layer, where the feed_forward site is.
+
+    Raises:
+        HostError: the layer has none, or several.
+    """
+    children = dict(layer.named_children())
+    words = ("mlp", "feedforward", "ffn", "moe", "expert")
+    kinds = {n: type(m).__name__.lower() for n, m in children.items()}
+    found = [n for n, k in kinds.items() if any(w in k for w in words) and "norm" not in k and "attention" not in k]
+    if len(found) != 1:
+        raise HostError(
+            f"{host} has no single feed-forward module in {type(layer).__name__} (children: {', '.join(children)}), so "
+            "the feed_forward site does not exist there. Hosts such as Llama, GPT-2 or Gemma have one."
+        )
+    return children[found[0]]
+
+
+def linears_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The linear layers of a block by name, transformers' Conv1D included."""
+    return [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+
+
+def _widths(linear: nn.Module) -> tuple[int, int]:
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return (weight.shape[1], weight.shape[0]) if isinstance(linear, nn.Linear) else (weight.shape[0], weight.shape[1])

@@ -5,6 +5,7 @@ tokens: a host that ignores masks, positions or keyword arguments is refused wit
 numbers later.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ..core.errors import ConfigError, HostError
 from ..core.memory import Memory, MemoryConfig
 from ..core.registry import memory_class, memory_config
+from ..core.stack import StackConfig
 from . import probe
 from .anatomy import Anatomy, attention_of, examine, host_spec
-from .frame import LastHiddenHook, ResidualHook
-from .host import Attachment, MemoryHost
+from .attention import NAMES, HostAccess, find_norms, switch
+from .host import MemoryHost
 from .layout import Layout, host_spans
+from .sites import LastHiddenHook, install_sites, remove_sites
+from .steps import Attachment
 
 DEFAULT_SEGMENT = 512
 
 
 def attach(
     host: Any,
-    memory: str | MemoryConfig = "lm2",
+    memory: str | MemoryConfig | Sequence[str | MemoryConfig] = "lm2",
     *,
     segment: int | None = None,
     preset: str | None = None,
@@ -37,7 +41,8 @@ def attach(
     Args:
         host: a causal language model of transformers, the same under PEFT, a name or path to load one from, or a
             config to build a fresh one.
-        memory: a name ("lm2"), a name with preset ("lm2:paper"), or a config.
+        memory: a name ("lm2"), a name with preset ("lm2:paper"), a config, or a list of these, which stand on the host
+            together, the first nearest to it (also "lm2+pkm").
         segment: tokens between two writes; by default 512, or what the host's positions allow.
         preset: for names; by default "attach" for hosts that exist (the host's logits are unchanged at first, where
             the memory can) and "default" for fresh configs.
@@ -82,8 +87,11 @@ def detach(model: Any) -> Any:
     base = base_model(model)
     if not is_attached(base):
         raise HostError(f"{type(base).__name__} has no memory to detach.")
-    for hook in base.mnemic.hooks:
+    attached = base.mnemic
+    for hook in attached.hooks:
         hook.remove()
+    remove_sites(attached.sites)
+    switch(base, attached.access.attentions, {NAMES[attached.backend]: attached.backend})
     base.__class__ = base.mnemic.host_class
     del base.memory, base.mnemic
     return model
@@ -136,19 +144,32 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
     if hasattr(base, "memory") or hasattr(base, "mnemic"):
         raise HostError(f"{name} has an attribute 'memory' or 'mnemic' of its own; those names are ours.")
     layout = _layout(name, memory, anatomy, segment)
-    attentions = {i: attention_of(name, anatomy.layers[i]) for i in memory.layers}
-    hooks = [a.register_forward_hook(ResidualHook(i), with_kwargs=True) for i, a in attentions.items()]
-    if memory.num_write_tokens:
+    backend = str(base.config._attn_implementation)
+    inside = memory.uses("attention") or memory.uses("keys_values")
+    attentions = [attention_of(name, block) for block in anatomy.layers] if "attention" in memory.sites else []
+    access = HostAccess(anatomy.stack, attentions)
+    if inside:
+        access.norms = find_norms(anatomy.layers, attentions, lambda: _run_once(base))
+    sites = install_sites(name, memory, anatomy)
+    hooks = []
+    if memory.num_write_tokens or memory.uses("logits"):
         hooks.append(anatomy.stack.register_forward_hook(LastHiddenHook(), with_kwargs=True))
+    if inside:
+        switch(base, attentions, {backend: NAMES[backend]})
     host_class = type(base)
     attached: Any = base
     attached.memory = memory
     attached.mnemic = Attachment(
         host_class=host_class,
         layout=layout,
+        stack=anatomy.stack,
         spans=host_spans(base.config),
+        companion_spans=_companion_spans(memory, layout),
+        backend=backend,
+        access=access,
         max_positions=anatomy.max_positions,
         position_table=anatomy.position_table,
+        sites=sites,
         hooks=hooks,
     )
     # The subclass keeps the host's name: configs and checkpoints record it.
@@ -156,7 +177,8 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
 
 
 def _layout(name: str, memory: Memory, anatomy: Anatomy, segment: int | None) -> Layout:
-    around = memory.num_read_tokens + memory.num_write_tokens
+    before = memory.first_position() if memory.host.rotary else 0
+    around = before + memory.num_read_tokens + memory.num_write_tokens
     limit = anatomy.max_positions
     if segment is None:
         segment = DEFAULT_SEGMENT if limit is None else min(DEFAULT_SEGMENT, limit - around)
@@ -164,20 +186,50 @@ def _layout(name: str, memory: Memory, anatomy: Anatomy, segment: int | None) ->
         raise ConfigError(f"segment = {segment!r}, expected a number of tokens of at least 1.")
     if limit is not None and segment + around > limit:
         raise ConfigError(
-            f"A segment of {segment} tokens with {around} memory tokens needs {segment + around} positions, but {name} "
+            f"A segment of {segment} tokens with {around} for the memory needs {segment + around} positions, but {name} "
             f"has {limit}; use segment={max(limit - around, 0)} or less."
         )
     return Layout(
         segment=segment,
         every=memory.commit_every(segment),
-        window=segment if memory.sliding_window else 0,
+        sinks=memory.num_sinks,
+        window=memory.window(segment) if memory.continuous else 0,
         read=memory.num_read_tokens,
         write=memory.num_write_tokens,
         bidirectional=memory.bidirectional_tokens,
+        continuous=memory.continuous,
+        offset=before,
+        own=memory.owns_cache,
     )
 
 
-def _config_for(memory: str | MemoryConfig, preset: str | None, fresh: bool, options: dict[str, Any]) -> MemoryConfig:
+def _companion_spans(memory: Memory, layout: Layout) -> dict:
+    if memory.companion is None:
+        return {}
+    limit = getattr(memory.companion.config, "max_position_embeddings", None)
+    if limit is not None and layout.segment > limit:
+        raise ConfigError(
+            f"The second model of {memory.name!r} has {limit} positions, a segment {layout.segment} tokens; use "
+            f"segment={limit} or less."
+        )
+    return host_spans(memory.companion.config)
+
+
+def _run_once(base: PreTrainedModel) -> None:
+    ids = torch.zeros(1, 2, dtype=torch.long, device=base.device)
+    with probe.evaluating(base), torch.no_grad():
+        base(ids, use_cache=False)
+
+
+def _config_for(memory: Any, preset: str | None, fresh: bool, options: dict[str, Any]) -> MemoryConfig:
+    if isinstance(memory, str) and "+" in memory:
+        memory = memory.split("+")
+    if isinstance(memory, Sequence) and not isinstance(memory, str):
+        if preset is not None or options:
+            raise ConfigError("Settings of stacked memories go with each of them: give their configs, or 'name:preset'.")
+        if len(memory) == 1:
+            return _config_for(memory[0], None, fresh, {})
+        return StackConfig(memories=tuple(_config_for(m, None, fresh, {}) for m in memory))
     if isinstance(memory, str) and preset is None and ":" not in memory and not fresh:
         known = memory_class(memory).config_class.presets
         preset = "attach" if "attach" in known else None

@@ -12,6 +12,8 @@ from transformers.cache_utils import Cache
 
 from ..core.errors import InputError, UnsupportedError
 from ..core.state import Rows, State
+from .attention import routed
+from .frame import current
 from .layout import Layout
 
 
@@ -26,23 +28,37 @@ class KeyValues:
 
 
 class SegmentKV(Cache):
-    """What the host's attention sees in one step: new keys go to each row's columns, all up to `limit` come back."""
+    """What the host's attention sees in one step: new keys go to each row's columns, all up to `limit` come back.
 
-    def __init__(self, layers: dict[int, KeyValues], layout: Layout, columns: Tensor, start: int | None, limit: int):
+    `new` has, by layer, what this step brought. `features` does the same for what a memory keeps beside them.
+    """
+
+    def __init__(self, cache: "MemoryCache", layout: Layout, columns: Tensor, start: int | None, limit: int, base: int = 0):
         super().__init__(layers=[])
-        self.stored, self.layout, self.columns, self.start, self.limit = layers, layout, columns, start, limit
+        self.stored, self.kept = cache.keys_values, cache.features
+        self.layout, self.columns, self.start, self.limit, self.base = layout, columns, start, limit, base
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Keys and values (B, heads, Q, e) in; those of the visible columns, (B, heads, limit, e), out."""
-        stored = self.stored.get(layer_idx)
-        if stored is None:
-            stored = KeyValues(self._empty(key_states), self._empty(value_states))
-        stored = KeyValues(self._write(stored.keys, key_states), self._write(stored.values, value_states))
-        self.stored[layer_idx] = stored
-        visible = stored.map(lambda t: t[:, : self.limit].transpose(1, 2))
-        return visible.keys, visible.values
+        frame = current()
+        if frame is not None:
+            key_states, value_states = routed(frame, layer_idx, key_states, value_states)
+            self.new[layer_idx] = (key_states, value_states)
+            if self.layout.own and layer_idx in frame.memory.layers:
+                return key_states, value_states
+        layer = self.base + layer_idx
+        stored = self.stored.get(layer)
+        keys = self._write(None if stored is None else stored.keys, key_states.transpose(1, 2))
+        values = self._write(None if stored is None else stored.values, value_states.transpose(1, 2))
+        self.stored[layer] = KeyValues(keys, values)
+        return keys[:, : self.limit].transpose(1, 2), values[:, : self.limit].transpose(1, 2)
+
+    def features(self, name: str, new: Tensor) -> Tensor:
+        self.kept[name] = self._write(self.kept.get(name), new)
+        return self.kept[name][:, : self.limit]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -51,18 +67,16 @@ class SegmentKV(Cache):
         # Hosts that get here would build their own mask and lose the rows' places.
         raise UnsupportedError("This host builds its attention mask itself although one was given to it.")
 
-    def _empty(self, new: Tensor) -> Tensor:
-        return new.new_zeros(new.shape[0], self.layout.columns, new.shape[1], new.shape[3])
-
-    def _write(self, stored: Tensor, new: Tensor) -> Tensor:
-        new = new.transpose(1, 2)
+    def _write(self, stored: Tensor | None, new: Tensor) -> Tensor:
+        """`new` (B, Q, ...) at the rows' columns of `stored` (B, columns, ...)."""
+        if stored is None:
+            stored = new.new_zeros(new.shape[0], self.layout.columns, *new.shape[2:])
+        rows = torch.arange(new.shape[0], device=new.device)[:, None]
         if torch.is_grad_enabled() and (new.requires_grad or stored.requires_grad):
-            rows = torch.arange(new.shape[0], device=new.device)[:, None]
             return stored.index_put((rows, self.columns), new)
         if self.start is not None:
             stored[:, self.start : self.start + new.shape[1]] = new
         else:
-            rows = torch.arange(new.shape[0], device=new.device)[:, None]
             stored[rows, self.columns] = new
         return stored
 
@@ -74,7 +88,9 @@ class MemoryCache(Cache):
     reads: `Memory.prepare` of that state, recomputed when absent.
     open, seen: (B,) int64 on the CPU: tokens in the open segment, tokens read in all.
     keys_values: per layer, the open segment's.
+    features: by name, what the memory keeps beside them, (B, columns, ...).
     trace: per layer, what the memory keeps of the tokens since the last commit, (B, every, ...).
+    buffers: tensors (B, ...) that the memory changes in place.
     finished: (B,) bool on the CPU: rows that take no more tokens (ended during generation).
     last_logits: (B, vocabulary) of each row's last token; lets generation start without a prompt.
     """
@@ -87,7 +103,9 @@ class MemoryCache(Cache):
         self.open = self.seen = torch.zeros(0, dtype=torch.long)
         self.finished = torch.zeros(0, dtype=torch.bool)
         self.keys_values: dict[int, KeyValues] = {}
+        self.features: dict[str, Tensor] = {}
         self.trace: dict[int, State] = {}
+        self.buffers: dict[str, Tensor] = {}
         self.last_logits: Tensor | None = None
         self.columns_given = 0
         self.replay = False
@@ -160,6 +178,8 @@ class MemoryCache(Cache):
         twin.__dict__.update(self.__dict__)
         twin.keys_values = {i: kv.map(Tensor.clone) for i, kv in self.keys_values.items()}
         twin.trace = {i: t.clone() for i, t in self.trace.items()}
+        twin.features = {n: t.clone() for n, t in self.features.items()}
+        twin.buffers = {n: t.clone() for n, t in self.buffers.items()}
         twin.finished = self.finished.clone()
         return twin
 
@@ -184,6 +204,12 @@ class MemoryCache(Cache):
         for i in sorted({i for c in caches for i in c.trace}):
             like = next(c.trace[i] for c in caches if i in c.trace)
             joined.trace[i] = State.cat([c.trace.get(i) or like.map(_zeros(c.batch_size)) for c in caches])
+        for kind in ("features", "buffers"):
+            held = [getattr(c, kind) for c in caches]
+            for name in sorted({n for one in held for n in one}):
+                like = next(one[name] for one in held if name in one)
+                parts = [one[name] if name in one else _zeros(c.batch_size)(like) for one, c in zip(held, caches, strict=True)]
+                getattr(joined, kind)[name] = _stacked(parts)
         return joined
 
     def _select(self, rows: Rows) -> None:
@@ -197,6 +223,8 @@ class MemoryCache(Cache):
         self.open, self.seen, self.finished = pick(self.open), pick(self.seen), pick(self.finished)
         self.keys_values = {i: kv.map(pick) for i, kv in self.keys_values.items()}
         self.trace = {i: t.select(index) for i, t in self.trace.items()}
+        self.features = {n: pick(t) for n, t in self.features.items()}
+        self.buffers = {n: pick(t) for n, t in self.buffers.items()}
         self.last_logits = None if self.last_logits is None else pick(self.last_logits)
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -205,9 +233,22 @@ class MemoryCache(Cache):
             yield from (kv.keys, kv.values)
         for trace in self.trace.values():
             yield from trace.values()
+        yield from self.features.values()
+        yield from self.buffers.values()
         if self.last_logits is not None:
             yield self.last_logits
 
 
 def _zeros(batch_size: int):
     return lambda t: t.new_zeros(batch_size, *t.shape[1:])
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Rows of all, with zeros where a buffer has grown less than another."""
+    shape = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
+    full = parts[0].new_zeros(sum(p.shape[0] for p in parts), *shape)
+    start = 0
+    for part in parts:
+        full[(slice(start, start + part.shape[0]), *(slice(n) for n in part.shape[1:]))] = part
+        start += part.shape[0]
+    return full

@@ -1,56 +1,35 @@
-"""Frame: what the hooks of one step may see, and what they leave behind.
+"""The frame of the running step, where every part of the host can find it.
 
 It travels through the host as the keyword argument `memory_frame`, so that a layer replayed by activation
-checkpointing meets the same values again. Hooks are empty objects: they hold no reference to a model or memory, and
-a deep copy of the model copies them rightly.
+checkpointing meets the same values again; each layer makes it current for its own parts, because feed-forward modules
+and linear layers are not handed keyword arguments.
 """
 
-from collections.abc import Mapping
+import threading
 from typing import Any
 
-from torch import Tensor, nn
-
-from ..core.memory import Memory, Trace
+from ..core.step import Frame
 
 KEYWORD = "memory_frame"
 
-
-class Frame:
-    """One step: the memory and its prepared reads go in; traces and the last hidden state come out."""
-
-    def __init__(self, memory: Memory, reads: Mapping[str, Tensor]):
-        self.memory, self.reads = memory, reads
-        self.trace: dict[int, Trace] = {}
-        self.hidden: Tensor | None = None
+# Not a ContextVar: torch.compile cannot trace one being set.
+_current = threading.local()
 
 
-class ResidualHook:
-    """Forward hook of an attention module: the memory's part joins what attention adds to the residual stream."""
-
-    def __init__(self, layer: int):
-        self.layer = layer
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        frame = kwargs.get(KEYWORD)
-        if frame is None:
-            return None
-        x = output[0] if isinstance(output, tuple) else output
-        source = args[0] if args else kwargs["hidden_states"]
-        x, trace = frame.memory.residual(x, source, self.layer, frame.reads | _before(frame, self.layer))
-        frame.trace[self.layer] = trace
-        return (x, *output[1:]) if isinstance(output, tuple) else x
+def current() -> Frame | None:
+    """The frame of the step that runs in this thread, if any."""
+    return getattr(_current, "frame", None)
 
 
-class LastHiddenHook:
-    """Forward hook of the module that runs the layers: keeps its last hidden state for memory tokens."""
+class running:
+    """Makes a frame current. Not contextlib: torch.compile traces plain methods best."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        frame = kwargs.get(KEYWORD)
-        if frame is not None:
-            frame.hidden = output[0]
+    def __init__(self, frame: Frame | None):
+        self.frame, self.before = frame, None
 
+    def __enter__(self) -> None:
+        self.before = current()
+        _current.frame = self.frame
 
-def _before(frame: Frame, layer: int) -> dict[str, Tensor]:
-    """What the memory's previous block left, for memories that hand something up through the blocks."""
-    earlier = [i for i in frame.trace if i < layer]
-    return {f"below/{name}": t for name, t in frame.trace[max(earlier)].items()} if earlier else {}
+    def __exit__(self, *error: Any) -> None:
+        _current.frame = self.before

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..core.memory import Memory
-    from .host import Attachment
+    from .steps import Attachment
 
     class _Base(PreTrainedModel):
         memory: Memory

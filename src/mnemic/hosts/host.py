@@ -6,59 +6,43 @@ on each, and threads the state: in training as a value that enters a segment and
 cache.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..core.errors import InputError, StateError, UnsupportedError
-from ..core.memory import Memory, Segment, Trace
+from ..core.memory import Segment, Trace
 from ..core.state import State
 from ..core.truncation import Truncation
 from .anatomy import token_embeddings
-from .cache import MemoryCache, SegmentKV
-from .frame import KEYWORD, Frame
-from .generation import MemoryGeneration
+from .cache import MemoryCache
 from .inputs import check_tokens
-from .layout import Layout, as_attention_mask
-from .segments import LogitsCollector, Piece, align, columns_of, cut, next_piece
+from .layout import Layout
+from .segments import LogitsCollector, Piece, align, cut, next_piece
+from .steps import MemorySteps
 
 if TYPE_CHECKING:
     from .stream import Stream
 
 
-@dataclass
-class Attachment:
-    """What attaching added to a model besides the memory itself. spans: see `layout.host_spans`."""
-
-    host_class: type
-    layout: Layout
-    spans: dict[str, tuple[str, int] | None]
-    max_positions: int | None
-    position_table: bool
-    hooks: list[RemovableHandle]
-    step: Callable | None = None
-
-
 class MemoryOutput(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` and, as plain attributes (Trainer gathers fields), what the memory adds.
 
-    memory_state: the state after the last complete segment. memory_diagnostics: means over the commits of this call.
+    memory_state: the state after the last complete segment. memory_loss: what the memory adds to the loss (included
+    in it). memory_diagnostics: means over the commits of this call.
     """
 
     memory_state: State | None = None
+    memory_loss: Tensor | None = None
     memory_diagnostics: dict[str, Tensor] | None = None
 
 
-class MemoryHost(MemoryGeneration):
+class MemoryHost(MemorySteps):
     """The methods a host gains. Use `mnemic.attach` to get one."""
-
-    memory: Memory
-    mnemic: Attachment
 
     def forward(
         self,
@@ -123,6 +107,7 @@ class MemoryHost(MemoryGeneration):
         offset, commits = (torch.zeros_like(aligned.lengths) for _ in range(2))
         total = -(-(cache.open % layout.every + aligned.lengths) // layout.every)
         found: list[dict[str, Tensor]] = []
+        extra: list[Tensor] = []
         checkpointing = self._checkpointing()
         while bool((offset < aligned.lengths).any()):
             piece = next_piece(cache, layout, offset, aligned.lengths, persistent)
@@ -135,9 +120,10 @@ class MemoryHost(MemoryGeneration):
             if truncation is not None and (carried or bool(commits.any())):
                 entering = (piece.take > 0) & (cache.open % layout.every == 0) & (carried | (commits > 0))
                 self._cut(cache, truncation.cuts(commits, total) & entering)
-            logits, segment = self._read(
+            logits, segment, losses = self._read(
                 cache, layout, piece, cut(aligned.tokens, piece), collector.first_needed(piece), persistent
             )
+            extra += losses.values()
             if logits is not None:
                 collector.add(logits, piece, piece.width - logits.shape[1])
             self._advance(cache, layout, piece, segment, found if memory_diagnostics else None)
@@ -147,163 +133,34 @@ class MemoryHost(MemoryGeneration):
             cache.last_logits = last if cache.last_logits is None else self._keep_last(cache, last, aligned.lengths)
         if not isinstance(logits_to_keep, int):
             logits = logits[:, logits_to_keep]
+        loss = None if labels is None else self._loss(logits, labels, **kwargs)
+        memory_loss = torch.stack(extra).sum() if extra else None
         output = MemoryOutput(
-            loss=None if labels is None else self._loss(logits, labels, **kwargs),
+            loss=loss if loss is None or memory_loss is None else loss + memory_loss,
             logits=logits,
             past_key_values=cache if persistent else None,
         )
-        output.memory_state = cache.state
+        output.memory_state, output.memory_loss = cache.state, memory_loss
         if memory_diagnostics:
             names = sorted({name for one in found for name in one})
             output.memory_diagnostics = {n: torch.stack([one[n] for one in found if n in one]).mean() for n in names}
         return output if return_dict is not False else output.to_tuple()
 
-    # One step
-
-    def _read(
-        self, cache: MemoryCache, layout: Layout, piece: Piece, tokens: Tensor, first: int | None, persistent: bool
-    ) -> tuple[Tensor | None, Segment]:
-        """Run the host on one piece. Returns the logits from text position `first` on, and what the memory traced."""
-        assert cache.state is not None
-        attached, device = self.mnemic, tokens.device
-        columns = columns_of(cache, layout, piece, device)
-        origin = (cache.seen - cache.open).to(device)
-        limit = layout.scratch if piece.write else layout.text + int((cache.open + piece.take).max())
-        kv = None
-        if not piece.fresh:
-            start = int(columns[0, 0]) if piece.in_step else None
-            rows = columns.expand(tokens.shape[0], -1)
-            kv = SegmentKV(cache.keys_values, layout, rows, start, limit)
-        if cache.reads is None:
-            cache.reads = State(self.memory.prepare(cache.state))
-        keep, skip = self._logit_columns(layout, piece, first, device)
-        step = attached.step or self._segment_step
-        logits, trace, hidden = step(
-            self._with_memory_tokens(cache.state, piece, tokens),
-            dict(cache.reads),
-            self._positions(layout, piece, columns, origin, tokens.shape[0]),
-            self._mask(layout, piece, columns, limit, origin, tokens.shape[0]),
-            kv,
-            keep,
-        )
-        ahead = layout.read if piece.read else 0
-        trace = {i: {n: t[:, ahead : ahead + piece.width] for n, t in layer.items()} for i, layer in trace.items()}
-        written = hidden[:, -layout.write :] if piece.write and hidden is not None else None
-        if persistent or bool((piece.done & (piece.take < layout.every)).any()):
-            trace = self._buffer(cache, layout, piece, trace)
-        return (None if first is None else logits[:, skip:]), Segment(trace=trace, written=written)
-
-    def _segment_step(
-        self,
-        tokens: Tensor,
-        reads: Mapping[str, Tensor],
-        position_ids: Tensor | None,
-        attention_mask: Any,
-        kv: SegmentKV | None,
-        logits_to_keep: int | Tensor,
-    ) -> tuple[Tensor, dict[int, Trace], Tensor | None]:
-        """The host on one piece: tensors in, tensors out. This is what `compile_step` compiles."""
-        frame = Frame(self.memory, reads)
-        given = {"input_ids": tokens} if tokens.dim() == 2 else {"inputs_embeds": tokens}
-        output = super().forward(
-            **given,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=kv,
-            use_cache=kv is not None,
-            logits_to_keep=logits_to_keep,
-            **{KEYWORD: frame},
-        )
-        return output.logits, frame.trace, frame.hidden
-
-    def compile_step(self, **options: Any) -> None:
-        """Compile the segment step with `torch.compile(**options)`; `fullgraph=True` works where the host allows it."""
-        self.mnemic.step = torch.compile(self._segment_step, **options)
-
-    def _with_memory_tokens(self, state: State, piece: Piece, tokens: Tensor) -> Tensor:
-        if not self.mnemic.layout.read and not self.mnemic.layout.write:
-            return tokens
-        embeds = tokens if tokens.dim() == 3 else self.get_input_embeddings()(tokens)
-        read, write = self.memory.tokens(state)
-        parts = [read.to(embeds.dtype)] if piece.read else []
-        parts.append(embeds)
-        if piece.write:
-            parts.append(write.to(embeds.dtype))
-        return torch.cat(parts, dim=1)
-
-    def _positions(self, layout: Layout, piece: Piece, columns: Tensor, origin: Tensor, batch: int) -> Tensor | None:
-        if piece.fresh and not layout.read and not layout.window:
-            # The host's own default, and the only way to its mask-free kernels.
-            return None
-        positions = columns.masked_fill(columns == layout.scratch, layout.window)
-        if layout.window:
-            positions = positions - layout.window + (0 if piece.fresh else origin[:, None])
-        return positions.expand(batch, -1)
-
-    def _mask(self, layout: Layout, piece: Piece, columns: Tensor, limit: int, origin: Tensor, batch: int) -> Any:
-        """None for plain causal attention, else a 4-D mask, or one for each of the host's layer types."""
-        spans = self.mnemic.spans
-        narrow = any(span and span[1] < layout.scratch for span in spans.values())
-        two_way = layout.bidirectional and (piece.read or piece.write)
-        if piece.fresh and not two_way and not layout.window and not (layout.read and narrow):
-            return None
-        keys = columns if piece.fresh else torch.arange(limit, device=columns.device)[None]
-        origin = torch.zeros_like(origin[:1]) if piece.fresh else origin
-
-        def mask(span: tuple[str, int] | None) -> Tensor:
-            seen = layout.visible(columns, keys, origin, span)
-            # A view: some hosts (XGLM) insist on one mask a row.
-            one = as_attention_mask(seen, str(self.config._attn_implementation), self.dtype)
-            return one.expand(batch, -1, -1, -1)
-
-        if not narrow and not layout.window:
-            return mask(None)
-        masks = {kind: mask(span) for kind, span in spans.items()}
-        return masks.get("", masks)
-
-    def _logit_columns(self, layout: Layout, piece: Piece, first: int | None, device) -> tuple[int | Tensor, int]:
-        """`logits_to_keep` for the host, and how many of what it returns to skip."""
-        if first is None:
-            return 1, 0
-        if not piece.read and not piece.write:
-            return piece.width - first, 0
-        ahead = layout.read if piece.read else 0
-        return torch.arange(ahead + first, ahead + piece.width, device=device), 0
-
-    def _buffer(self, cache: MemoryCache, layout: Layout, piece: Piece, trace: dict[int, Trace]) -> dict[int, Trace]:
-        """Put the piece's trace behind what the rows traced since their last commit; returns the joined trace."""
-        whole = bool((piece.done & (piece.take == layout.every)).all())
-        if whole:
-            return trace
-        offset = cache.open % layout.every
-        local = torch.arange(piece.width)
-        rows, columns = (local < piece.take[:, None]).nonzero(as_tuple=True)
-        places = offset[rows] + columns
-        for layer, named in trace.items():
-            before = cache.trace.get(layer) or State(
-                {n: t.new_zeros(t.shape[0], layout.every, *t.shape[2:]) for n, t in named.items()}
-            )
-            after = {}
-            for name, new in named.items():
-                index = tuple(i.to(new.device) for i in (rows, places))
-                value = new[rows.to(new.device), columns.to(new.device)]
-                grads = torch.is_grad_enabled() and (value.requires_grad or before[name].requires_grad)
-                after[name] = before[name].index_put(index, value) if grads else before[name].index_put_(index, value)
-            cache.trace[layer] = State(after)
-        return {layer: dict(state) for layer, state in cache.trace.items()}
+    # After a step
 
     def _advance(self, cache: MemoryCache, layout: Layout, piece: Piece, segment: Segment, found: list | None) -> None:
         """Move the rows on, commit those that reached a commit, close the segments that are complete."""
         assert cache.state is not None
         cache.open, cache.seen = cache.open + piece.take, cache.seen + piece.take
-        if bool(piece.done.any()) and not self.memory.sliding_window:
+        if bool(piece.done.any()) and not layout.continuous:
             rows = piece.done.nonzero().squeeze(1)
             everyone = bool(piece.done.all())
             before = cache.state if everyone else cache.state.select(rows)
-            if not everyone:
-                pick = lambda t: t.index_select(0, rows.to(t.device))  # noqa: E731
-                trace = {i: {n: pick(t) for n, t in layer.items()} for i, layer in segment.trace.items()}
-                segment = Segment(trace, None if segment.written is None else pick(segment.written))
+            segment = segment if everyone else _rows_of(segment, rows)
+            if self.memory.write_pass:
+                assert segment.start is not None
+                trace = self._write_pass(before, segment.trace[-1]["embeddings"], segment.start)
+                segment = replace(segment, trace={**segment.trace, **trace})
             after = self.memory.commit(before, segment)
             if found is not None:
                 with torch.no_grad():
@@ -318,13 +175,22 @@ class MemoryHost(MemoryGeneration):
                 cache.keys_values, cache.trace = {}, {}
 
     def _slide(self, cache: MemoryCache, layout: Layout, ended: Tensor) -> None:
-        """Keys and values of the last tokens become the window of the next segment."""
+        """What was kept of the last tokens becomes the window of the next segment; the first tokens become sinks."""
         rows = ended.nonzero().squeeze(1)
-        for kv in cache.keys_values.values():
-            for stored in (kv.keys, kv.values):
-                stored[rows.to(stored.device), : layout.window] = stored[
-                    rows.to(stored.device), layout.segment : layout.segment + layout.window
-                ]
+        stored = [t for kv in cache.keys_values.values() for t in (kv.keys, kv.values)] + [*cache.features.values()]
+        for tensor in stored:
+            here = rows.to(tensor.device)
+            for sink in range(layout.sinks):
+                # A sink is filled when its token leaves the window; `seen` counts the segment that has just ended.
+                leaves = (cache.seen - layout.window > sink) & (cache.seen - layout.segment - layout.window <= sink) & ended
+                if bool(leaves.any()):
+                    from_column = layout.text + sink - (cache.seen[leaves] - layout.segment)
+                    where = leaves.nonzero().squeeze(1)
+                    tensor[where, sink] = tensor[where, from_column]
+            first = layout.sinks
+            tensor[here, first : first + layout.window] = tensor[
+                here, first + layout.segment : first + layout.segment + layout.window
+            ]
 
     def _cut(self, cache: MemoryCache, rows: Tensor) -> None:
         if bool(rows.any()):
@@ -366,12 +232,12 @@ class MemoryHost(MemoryGeneration):
 
     def _layout_for(self, cache: MemoryCache, lengths: Tensor, persistent: bool) -> Layout:
         layout = self.mnemic.layout
-        if layout.window:
+        if layout.continuous:
             longest = int((cache.seen + lengths).max())
             if self.mnemic.position_table and longest > (self.mnemic.max_positions or longest):
                 raise InputError(
                     f"A stream of {longest} tokens does not fit the {self.mnemic.max_positions} positions that "
-                    f"{self.mnemic.host_class.__name__} has vectors for; a sliding window reads on without end only "
+                    f"{self.mnemic.host_class.__name__} has vectors for; a stream without segments reads on without end only "
                     "on hosts with relative positions (rotary). Use a segment memory or another host."
                 )
             if not persistent:
@@ -423,3 +289,21 @@ class MemoryHost(MemoryGeneration):
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_header(self, save_directory)
+
+
+def _rows_of(segment: Segment, rows: Tensor) -> Segment:
+    """Some rows of what happened in a segment."""
+
+    def pick(t: Tensor) -> Tensor:
+        return t.index_select(0, rows.to(t.device))
+
+    def picked(traces: Mapping[int, Trace]) -> dict[int, Trace]:
+        return {i: {n: pick(t) for n, t in layer.items()} for i, layer in traces.items()}
+
+    return replace(
+        segment,
+        trace=picked(segment.trace),
+        written=None if segment.written is None else pick(segment.written),
+        written_trace=picked(segment.written_trace),
+        start=None if segment.start is None else pick(segment.start),
+    )

@@ -2,7 +2,7 @@
 
 A row's columns are its places in the segment, whatever the calls it arrived in:
 
-    [ kept window | read tokens | text 0 .. T-1 | write tokens | scratch ]
+    [ sinks | kept window | read tokens | text 0 .. T-1 | write tokens | scratch ]
 
 Every row is at its own column, so padded batches, beams and rows that commit at different times are the same case.
 Padding is written to the scratch column, which no real token sees.
@@ -20,19 +20,27 @@ SUPPORTED_PATTERNS = ("full_attention", "sliding_attention", "chunked_attention"
 
 @dataclass(frozen=True)
 class Layout:
-    """segment: tokens T of a segment; every: tokens between commits; the rest: columns of each kind."""
+    """segment: tokens T of a segment; every: tokens between commits; sinks, window, read, write: columns of each kind.
+
+    continuous: no segments; a token sees the last `window` tokens and the first `sinks` of its stream. offset: host
+    positions left free before each segment. own: the host keeps no keys and values.
+    """
 
     segment: int
     every: int
+    sinks: int = 0
     window: int = 0
     read: int = 0
     write: int = 0
     bidirectional: bool = False
+    continuous: bool = False
+    offset: int = 0
+    own: bool = False
 
     @property
     def text(self) -> int:
         """Column of the first text token of a segment."""
-        return self.window + self.read
+        return self.sinks + self.window + self.read
 
     @property
     def scratch(self) -> int:
@@ -45,7 +53,22 @@ class Layout:
     @property
     def positions(self) -> int:
         """Host positions that one segment takes."""
-        return self.read + self.segment + self.write
+        return self.offset + self.read + self.segment + self.write
+
+    def places(self, columns: Tensor, origin: Tensor) -> Tensor:
+        """Number in the stream of the tokens at `columns` (B or 1, n); -1 for memory tokens and unused columns.
+
+        Args:
+            origin: tokens read before the open segment, (B,).
+        """
+        origin = origin[:, None]
+        text = (columns >= self.text) & (columns < self.text + self.segment)
+        places = torch.where(text, origin + columns - self.text, -1)
+        if self.window or self.sinks:
+            kept = (columns >= self.sinks) & (columns < self.text)
+            places = torch.where(kept, (origin + columns - self.text).clamp_min(-1), places)
+            places = torch.where((columns < self.sinks) & (columns < origin - self.window), columns, places)
+        return places
 
     def visible(
         self, queries: Tensor, keys: Tensor, origin: Tensor | None, host_span: tuple[str, int] | None
@@ -54,20 +77,23 @@ class Layout:
 
         Args:
             queries: columns of the queries, (B or 1, Q). keys: columns of the keys, (B or 1, K).
-            origin: tokens read before the open segment, (B,); only with a window.
+            origin: tokens read before the open segment, (B,); only for continuous layouts.
             host_span: the host layer's own limit: ("sliding_attention", n) or ("chunked_attention", n).
         """
         q, k = queries[:, :, None], keys[:, None, :]
         seen = k <= q
         if self.window:
             assert origin is not None
-            seen = seen & (q - k < self.window) & (k >= self.window - origin[:, None, None])
+            place = self.places(keys, origin)[:, None, :]
+            near = (q - k < self.window) & (k >= self.sinks)
+            # Padding stands at the scratch column, has no place, and must see itself.
+            seen = seen & ((near | (place < self.sinks)) & (place >= 0) | (q == k))
         if host_span is not None:
             kind, size = host_span
-            shift = 0 if origin is None or not self.window else (origin - self.window)[:, None, None]
+            shift = 0 if origin is None or not self.window else (origin - self.text)[:, None, None]
             near = q - k < size if kind == "sliding_attention" else (q + shift) // size == (k + shift) // size
             # The memory is always in sight, however narrow the host's own layers look.
-            seen = seen & (near | (k < self.text) & (k >= self.window))
+            seen = seen & (near | (k < self.text) & (k >= self.sinks + self.window) | (k < self.sinks))
         if self.bidirectional:
             last = self.text + self.segment
             both_read = (q < self.text) & (k < self.text)

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from ..core.errors import HostError
 from ..core.memory import Memory, MemoryConfig
+from ..core.stack import Stack
+from ..ops.rotary import unrotate
 from .anatomy import Anatomy, token_embeddings
 
 if TYPE_CHECKING:
@@ -66,25 +68,54 @@ def check_memory(model: "MemoryHost") -> None:
     Raises:
         HostError: the host does not hand keyword arguments down to where they are needed.
     """
-    missing, writes = set(model.memory.layers), model.memory.num_write_tokens > 0
-    if not missing and not writes:
+    memory, name = model.memory, model.mnemic.host_class.__name__
+    inside = memory.sites & {"attention", "residual", "feed_forward"}
+    writes = memory.num_write_tokens > 0
+    if not inside and not writes:
         return
+    segment = model.mnemic.layout.segment
+    ids = _ids(model, segment if memory.whole_segments else min(_TOKENS, segment))
     with evaluating(model), torch.no_grad():
-        segment = model.mnemic.layout.segment
-        ids = _ids(model, segment if model.memory.whole_segments else min(_TOKENS, segment))
-        reads = model.memory.prepare(model.memory.initial_state(ids.shape[0]))
-        _, trace, hidden = model._segment_step(ids, reads, None, None, None, 1)
+        reached, hidden = model._reach(ids)
+        if memory.uses("attention") and memory.host.rotary:
+            _check_rotation(model)
     if writes and hidden is None:
         raise HostError(
-            f"{model.mnemic.host_class.__name__} does not hand keyword arguments down to the module that runs its "
-            "layers, so memories at the site 'tokens' cannot read what was written. A sliding window ('window') works."
+            f"{name} does not hand keyword arguments down to the module that runs its layers, so memories at the site "
+            "'tokens' cannot read what was written. A sliding window ('window') works."
         )
-    missing -= set(trace)
-    if missing:
-        raise HostError(
-            f"{model.mnemic.host_class.__name__} does not hand keyword arguments down to the attention of its layers "
-            f"{sorted(missing)}, so the residual site cannot be reached. Memories at the site 'tokens' (rmt) may work."
-        )
+    wanted = {"attention" if s == "residual" else s for s in inside}
+    if memory.uses("attention"):
+        wanted.add("function")
+    replaced = {i for s, i in memory.claims if s == "attention" and memory.uses("mixer")}
+    for what in sorted(wanted):
+        missing = sorted(i for i in memory.layers if (what, i) not in reached and (what != "function" or i not in replaced))
+        if missing and not isinstance(memory, Stack):
+            raise HostError(
+                f"{name} does not reach the {'attention' if what == 'function' else what} site of its layers {missing}: "
+                "it calls its parts in a way of its own. Memories at the site 'tokens' (rmt) may work."
+            )
+
+
+def _check_rotation(model: "MemoryHost") -> None:
+    """Keys must come out free of position when their rotation is undone.
+
+    Raises:
+        HostError: the host rotates in another way.
+    """
+    access, memory = model.mnemic.access, model.memory
+    places = torch.arange(5, device=memory.host.device)[None]
+    hidden = torch.linspace(-1, 1, 5 * memory.host.hidden_size, device=memory.host.device, dtype=memory.host.dtype)
+    hidden = hidden.view(1, 5, -1)
+    for layer in memory.layers:
+        free, turned, rotation = access.project(hidden, layer)[0], access.project(hidden, layer, places)[0], None
+        rotation = access.rotary(places, layer)
+        if rotation is None or not torch.allclose(unrotate(turned, *rotation), free, atol=1e-2, rtol=1e-2):
+            raise HostError(
+                f"{model.mnemic.host_class.__name__} rotates keys in a way that cannot be undone from outside (its "
+                "halves are not paired, or its angles move with the length), which memories of keys and values need. "
+                "Memories at the sites 'tokens' and 'residual' (rmt, lm2) work."
+            )
 
 
 @contextmanager

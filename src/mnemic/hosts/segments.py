@@ -85,7 +85,7 @@ def next_piece(cache: MemoryCache, layout: Layout, offset: Tensor, lengths: Tens
     active, after = take > 0, opened + take
     ended = active & (after == layout.segment)
     carried_on = active & ~ended & (persistent | (take < left))
-    fresh = not bool((active & (opened > 0)).any() | carried_on.any()) and not (layout.window and persistent)
+    fresh = not bool((active & (opened > 0)).any() | carried_on.any()) and not (layout.continuous and persistent)
     return Piece(
         offset=offset,
         take=take,
@@ -122,7 +122,7 @@ def columns_of(cache: MemoryCache, layout: Layout, piece: Piece, device: torch.d
     rows = columns.shape[0]
     parts = [columns]
     if piece.read:
-        parts.insert(0, (layout.window + torch.arange(layout.read)).expand(rows, -1))
+        parts.insert(0, (layout.text - layout.read + torch.arange(layout.read)).expand(rows, -1))
     if piece.write:
         parts.append((layout.text + layout.segment + torch.arange(layout.write)).expand(rows, -1))
     return torch.cat(parts, dim=1).to(device)

@@ -20,8 +20,11 @@ class Window(Memory):
     name = "window"
     config_class = WindowConfig
     paper = "baseline: sliding-window attention (Mistral 7B, 2023, arXiv 2310.06825)"
-    sliding_window = True
+    continuous = True
 
     @property
     def identity_at_attach(self) -> bool:
         return True
+
+    def window(self, segment: int) -> int:
+        return segment

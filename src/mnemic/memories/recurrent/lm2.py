@@ -26,7 +26,6 @@ code's module (see lm2_reference.py).
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 from ...core.errors import ConfigError
 from ...core.memory import HostSpec, Memory, MemoryConfig, Segment, Trace, option
 from ...core.state import State
+from ...core.step import Host, Step
 from ...ops import slot_bank
 from ...ops.block_linear import BlockLinear
 
@@ -161,7 +161,7 @@ class LM2(Memory):
     def initial_state(self, batch_size: int) -> State:
         return State({"bank": self.first_slots.expand(batch_size, *self.first_slots.shape)})
 
-    def prepare(self, state: State) -> dict[str, Tensor]:
+    def prepare(self, state: State, host: Host | None = None) -> dict[str, Tensor]:
         """Keys and values of the slots for every block, (B, blocks, h, N, e)."""
         if not self.layers:
             return {}
@@ -175,15 +175,16 @@ class LM2(Memory):
         heads = self.config.num_heads
         return {"keys": slot_bank.split_heads(keys, heads), "values": slot_bank.split_heads(values, heads)}
 
-    def residual(self, x: Tensor, source: Tensor, layer: int, reads: Mapping[str, Tensor]) -> tuple[Tensor, Trace]:
-        i = self._index[layer]
+    def residual(self, x: Tensor, source: Tensor, step: Step) -> Tensor:
+        i = self._index[step.layer]
         tokens = x if self.config.query_source == "attention" else source
         query = self.query(self._normed(tokens, self.query_norm, i), i)
-        read = slot_bank.read(query, reads["keys"][:, i], reads["values"][:, i], self.config.top_k)
+        read = slot_bank.read(query, step.read("keys")[:, i], step.read("values")[:, i], self.config.top_k)
         part = torch.sigmoid(self.gate_out(read, i) + self.bias_out[i]) * read
         if self.alpha is not None:
             part = self.alpha[i] * part
-        return x + part, {"tokens": tokens, "query": query, "read": read}
+        step.keep(tokens=tokens, query=query, read=read)
+        return x + part
 
     def commit(self, state: State, segment: Segment) -> State:
         if not self.layers:

@@ -21,7 +21,6 @@ Decisions:
 - A call has to bring whole segments for every row; there is no token-by-token decoding.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError, InputError
-from ...core.memory import HostSpec, Memory, MemoryConfig, Segment, Trace, option
+from ...core.memory import HostSpec, Memory, MemoryConfig, Segment, option
 from ...core.state import State
+from ...core.step import Host, Step
 from ...ops.slot_bank import merge_heads, split_heads
 
 
@@ -128,19 +128,23 @@ class LM2Reference(Memory):
     def initial_state(self, batch_size: int) -> State:
         return State({"bank": self.first_slots.expand(batch_size, -1, -1)})
 
-    def prepare(self, state: State) -> dict[str, Tensor]:
+    def prepare(self, state: State, host: Host | None = None) -> dict[str, Tensor]:
         return {"bank": state["bank"]}
 
-    def residual(self, x: Tensor, source: Tensor, layer: int, reads: Mapping[str, Tensor]) -> tuple[Tensor, Trace]:
+    def residual(self, x: Tensor, source: Tensor, step: Step) -> Tensor:
         """x + the bank as this block leaves it; the block above reads that bank."""
-        bank = reads.get("below/bank", reads["bank"])
+        below = step.below("bank")
+        bank = step.read("bank") if below is None else below
         if x.shape[1] != bank.shape[1]:
             raise InputError(
                 f"lm2-reference reads whole segments of {bank.shape[1]} tokens; got {x.shape[1]}. The memory 'lm2' "
                 "takes any number."
             )
-        bank = self.blocks[layer](x, bank)
-        return x + bank, {"bank": bank}
+        bank = self.blocks[step.layer](x, bank)
+        step.add_note(bank=bank)
+        if step.layer == self.layers[-1]:
+            step.keep(bank=bank)
+        return x + bank
 
     def commit(self, state: State, segment: Segment) -> State:
         return State({"bank": segment.trace[self.layers[-1]]["bank"]})
