@@ -4,6 +4,7 @@ A memory that is registered tomorrow is checked tomorrow, with its default setti
 into `VARIANTS`.
 """
 
+import importlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -25,49 +26,69 @@ CHUNKINGS = {"single": [1] * LENGTH, "random": [5, 1, 9, 8, 6], "whole": [LENGTH
 
 @dataclass(frozen=True)
 class Case:
-    """A memory with settings; its id is what `pytest -k` sees. usual: checked on all hosts by default."""
+    """A memory with settings; its id is what `pytest -k` sees. usual: checked on its usual hosts by default.
+
+    hosts: those it can be attached to, where not all of `HOSTS`.
+    """
 
     id: str
     memory: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     usual: bool = True
+    hosts: tuple[str, ...] = tuple(HOSTS)
+
+    @property
+    def kind(self) -> str:
+        """"segmented": reads a state that earlier segments wrote; "continuous": its past is in the cache; "stateless"."""
+        memory = attached(self).memory
+        if memory.continuous:
+            return "continuous"
+        return "segmented" if len(memory.initial_state(1)) else "stateless"
 
     @property
     def segmented(self) -> bool:
-        """Reads a state that earlier segments wrote, and nothing else of them."""
-        return self.memory not in ("none", "window")
+        return self.kind == "segmented"
 
     @property
     def every(self) -> int:
         """Tokens between two commits."""
         return self.options.get("update_every") or SEGMENT
 
+    def skip_unless(self, *kinds: str) -> None:
+        if self.kind not in kinds:
+            pytest.skip(f"is {self.kind}")
 
-_LM2 = {"num_slots": 6, "preset": "default"}
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "lm2": {
-        "lm2": _LM2,
-        "lm2_per_layer": {**_LM2, "memory_scope": "per_layer"},
-        "lm2_top_k": {**_LM2, "top_k": 2},
-        "lm2_top_k_per_layer": {**_LM2, "top_k": 2, "memory_scope": "per_layer"},
-        "lm2_attach": {**_LM2, "preset": "attach"},
-        "lm2_paper": {**_LM2, "preset": "paper"},
-        "lm2_update_every": {**_LM2, "update_every": 4},
-        "lm2_competitive": {**_LM2, "route": "competitive", "top_k": 3, "query_source": "residual", "rank": 8},
-        "lm2_one_layer": {**_LM2, "memory_layers": (1,), "init": "learned", "write_scores": "read"},
-        "lm2_identity_route": {**_LM2, "num_slots": SEGMENT, "route": "identity"},
-    },
-    "rmt": {"rmt": {"num_tokens": 3}, "rmt_causal": {"num_tokens": 3, "memory_causal": True}},
-}
+    def needs(self, rule: str) -> None:
+        """Skip where the memory declares that it does not hold a rule of the contract."""
+        reason = attached(self).memory.limits.get(rule)
+        if reason is not None:
+            pytest.skip(f"{rule}: {reason}")
+
+    def attach(self, host: Any, segment: int = SEGMENT) -> Any:
+        return mnemic.attach(host, self.memory, segment=segment, **self.options)
+
+
 EXCLUDED = {"lm2-reference": "needs segment = slots = width, and its released code leaks within a chunk: no streaming"}
+FIRST = ("lm2", "none", "rmt", "window")
+"""Memories whose first case is checked on all hosts by default; the others on three."""
+FEW_HOSTS = ("llama", "gpt2", "gemma2")
 
 
 def _cases() -> list[Case]:
+    """Every memory in the settings of `variants/<name>.py`: VARIANTS, id -> options, and HOSTS where not all."""
     found = []
     for name in mnemic.memory_names():
-        if name not in EXCLUDED:
-            variants = VARIANTS.get(name, {name: {}})
-            found += [Case(id, name, options, usual=i == 0) for i, (id, options) in enumerate(variants.items())]
+        if name in EXCLUDED:
+            continue
+        try:
+            settings: Any = importlib.import_module(f"tests.contract.variants.{name.replace('-', '_')}")
+        except ModuleNotFoundError as error:
+            if error.name != f"tests.contract.variants.{name.replace('-', '_')}":
+                raise
+            settings = None
+        variants = getattr(settings, "VARIANTS", {name.replace("-", "_"): {}})
+        hosts = getattr(settings, "HOSTS", tuple(HOSTS))
+        found += [Case(id, name, options, i == 0, hosts) for i, (id, options) in enumerate(variants.items())]
     return found
 
 
@@ -81,24 +102,29 @@ def case(id: str) -> Case:
 def pairs(
     cases: list[Case] = CASES, hosts: tuple[str, ...] = tuple(HOSTS), usual_hosts: tuple[str, ...] = tuple(HOSTS)
 ) -> Any:
-    """Parametrises (case, host). By default run: each memory's first case on `usual_hosts`, the others on two hosts."""
+    """Parametrises (case, host). By default run: the first case of a memory on `usual_hosts` (of the later systems on
+    three of them), the other cases on llama (of the first systems also on gpt2)."""
     params = []
     for c in cases:
+        first = c.memory in FIRST
+        usual = (usual_hosts if first else FEW_HOSTS) if c.usual else ("llama", "gpt2") if first else ("llama",)
         for host in hosts:
-            usual = host in usual_hosts if c.usual else host in ("llama", "gpt2")
-            marks = () if usual else pytest.mark.slow
-            params.append(pytest.param(c, host, id=f"{c.id}-{host}", marks=marks))
+            if host in c.hosts:
+                marks = () if host in usual and (not c.usual or host in usual_hosts) else pytest.mark.slow
+                params.append(pytest.param(c, host, id=f"{c.id}-{host}", marks=marks))
     return pytest.mark.parametrize("case, host", params)
 
 
 def build(case: Case, host: str = "llama", *, noise: float = 0.2, segment: int = SEGMENT, **changes: Any) -> Any:
     """A fresh attached model; noise on the memory's weights, so that no part of it is hidden by a zero."""
-    model = mnemic.attach(tiny_host(host, **changes), case.memory, segment=segment, **case.options)
+    torch.manual_seed(2)
+    model = case.attach(tiny_host(host, **changes), segment)
     if noise:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.memory.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * noise)
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * noise)
     return model
 
 

@@ -22,7 +22,7 @@ from tests.tiny import tiny_host
 
 
 def _positions_end(case, host):
-    return case.memory == "window" and host in ("gpt2", "opt")
+    return case.kind == "continuous" and host in ("gpt2", "opt")
 
 
 @pairs(usual_hosts=("llama", "gpt2", "gemma2"))
@@ -135,7 +135,8 @@ def test_deep_copies_and_dtypes(case, host):
     twin.to(torch.bfloat16)
     logits, cache = chunked(twin, ids, [5, 24])
     assert logits.dtype == torch.bfloat16
-    assert all(t.dtype == torch.bfloat16 for t in cache.state.values() if t.is_floating_point())
+    # A running state may stay in float32; nothing else does.
+    assert all(t.dtype in (torch.bfloat16, torch.float32) for t in cache.state.values() if t.is_floating_point())
 
 
 @pairs(hosts=("llama", "gemma2", "gpt2"))

@@ -46,7 +46,7 @@ def test_the_past_beyond_the_segment_is_remembered(case, host):
     ids = random_ids(1, LENGTH)
     logits = parallel(model, torch.cat([ids, _changed(ids, 3)])).logits
     later = (logits[1] - logits[0])[2 * SEGMENT + 1 :].abs().max()
-    if case.memory == "none":
+    if case.kind == "stateless":
         assert later == 0
     elif case.segmented:
         assert later > 1e-5

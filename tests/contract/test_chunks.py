@@ -78,8 +78,8 @@ def test_logits_to_keep(case, host):
 @pairs(usual_hosts=("llama", "gpt2"))
 def test_carried_state_continues(case, host):
     """Two calls at a border, joined by `memory_state` alone, are one call (a window also needs its cache)."""
-    if case.memory == "window":
-        pytest.skip("a window's past is its cache, not its state")
+    # The past of a continuous memory is its cache, not its state.
+    case.skip_unless("segmented", "stateless")
     model = attached(case, host)
     ids = random_ids(2, LENGTH)
     whole = parallel(model, ids)

@@ -7,9 +7,13 @@ import mnemic
 from mnemic import Truncation
 from tests.contract.cases import CASES, LENGTH, SEGMENT, build, case, checkpointing, pairs, random_ids
 
-STATEFUL = [c for c in CASES if c.segmented]
 WHOLE_SEGMENT = [c for c in CASES if c.every == SEGMENT]
 NUM_SEGMENTS = 4
+
+
+def _skip_unless_gradients_flow(case):
+    case.skip_unless("segmented")
+    case.needs("gradients through the state")
 
 
 def _embeds(model, batch=2, length=NUM_SEGMENTS * SEGMENT):
@@ -44,8 +48,7 @@ def test_gradients_reach_every_parameter(case, host):
 @pairs(hosts=("llama", "gpt2"))
 def test_gradients_equal_with_a_carried_state(case, host):
     """The loss of three segments in one call is the mean of two calls joined by the state."""
-    if not case.segmented:
-        pytest.skip("nothing is carried")
+    _skip_unless_gradients_flow(case)
     model = build(case, host).train()
     embeds = _embeds(model)
     whole = model(inputs_embeds=embeds)
@@ -86,8 +89,9 @@ def _first_reached(case, truncation):
      Truncation("chunk", 2), Truncation("chunk", 3)],
     ids=lambda t: f"{t.policy}{t.depth}",
 )  # fmt: skip
-@pairs(STATEFUL, usual_hosts=("llama", "gpt2", "gemma2", "qwen3_moe"))
+@pairs(usual_hosts=("llama", "gpt2", "gemma2", "qwen3_moe"))
 def test_truncation_is_exact(case, host, truncation):
+    _skip_unless_gradients_flow(case)
     model = build(case, host).train()
     reached = _reached(model, truncation)
     first = _first_reached(case, truncation)
@@ -97,15 +101,17 @@ def test_truncation_is_exact(case, host, truncation):
     assert reached[first : first + SEGMENT].any()
 
 
-@pairs(STATEFUL, usual_hosts=("llama", "gpt2", "gemma2", "qwen3_moe"))
+@pairs(usual_hosts=("llama", "gpt2", "gemma2", "qwen3_moe"))
 def test_without_truncation_the_first_segment_is_reached(case, host):
+    _skip_unless_gradients_flow(case)
     reached = _reached(build(case, host).train(), None)
     assert reached[:SEGMENT].any()
 
 
 @pytest.mark.parametrize("carried", [False, True], ids=["new", "carried"])
-@pairs(STATEFUL, hosts=("llama",))
+@pairs(hosts=("llama",))
 def test_truncation_changes_no_number(case, host, carried):
+    case.skip_unless("segmented")
     model = build(case, host)
     ids = random_ids(2, LENGTH)
     state = model(random_ids(2, SEGMENT, seed=4)).memory_state if carried else None
@@ -114,9 +120,10 @@ def test_truncation_changes_no_number(case, host, carried):
     assert torch.equal(plain.logits, cut.logits)
 
 
-@pairs(STATEFUL, hosts=("llama", "gpt2"))
+@pairs(hosts=("llama", "gpt2"))
 def test_truncation_counts_for_each_row(case, host):
     """A row of two segments beside one of four: depth 1 reaches both segments of the short row."""
+    _skip_unless_gradients_flow(case)
     if case.every != SEGMENT:
         pytest.skip("counts commits, checked in rows of equal length")
     model = build(case, host).train()

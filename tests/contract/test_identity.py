@@ -4,15 +4,23 @@ import pytest
 import torch
 
 import mnemic
-from tests.contract.cases import CASES, LENGTH, SEGMENT, build, pairs, parallel, plain_segments, random_ids
+from tests.contract.cases import FIRST, LENGTH, SEGMENT, build, case, pairs, parallel, plain_segments, random_ids
 from tests.tiny import HOSTS, tiny_host
 
 
-def _identity(case) -> bool:
-    return build(case, noise=0).memory.identity_at_attach
+def _fresh(case, host, **options):
+    """A freshly attached model, where the memory says that it is the identity."""
+    model = build(case, host, noise=0, **options)
+    if not model.memory.identity_at_attach:
+        pytest.skip("does not start as the identity")
+    return model
 
 
-IDENTITIES = [c for c in CASES if _identity(c)]
+def _assert_host(case, got, expected):
+    """Bit for bit, but for memories that take another way to the same numbers inside the attention."""
+    if case.memory in FIRST:
+        assert torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
 def _snapshot(model):
@@ -34,29 +42,30 @@ def _assert_same(model, before):
 
 
 def test_there_are_identities():
-    assert {"none", "window", "lm2_attach"} <= {c.id for c in IDENTITIES}
+    for id in ("none", "window", "lm2_attach"):
+        assert build(case(id), noise=0).memory.identity_at_attach
 
 
-@pairs(IDENTITIES)
+@pairs()
 def test_a_new_memory_is_the_identity(case, host):
     plain = tiny_host(host)
-    model = build(case, host, noise=0)
+    model = _fresh(case, host)
     ids = random_ids(2, LENGTH)
-    if case.memory != "window":
-        assert torch.equal(parallel(model, ids).logits, plain_segments(plain, ids))
+    if case.kind != "continuous":
+        _assert_host(case, parallel(model, ids).logits, plain_segments(plain, ids))
     with torch.no_grad():
         one = plain(ids[:, :SEGMENT], use_cache=False).logits
-    assert torch.equal(parallel(model, ids[:, :SEGMENT]).logits, one)
+    _assert_host(case, parallel(model, ids[:, :SEGMENT]).logits, one)
 
 
-@pairs(IDENTITIES, hosts=("llama", "gpt2"))
+@pairs(hosts=("llama", "gpt2"))
 def test_one_long_segment_is_the_host(case, host):
     plain = tiny_host(host)
-    model = build(case, host, noise=0, segment=64)
+    model = _fresh(case, host, segment=64)
     ids = random_ids(2, LENGTH)
     with torch.no_grad():
         expected = plain(ids, use_cache=False).logits
-    assert torch.equal(parallel(model, ids).logits, expected)
+    _assert_host(case, parallel(model, ids).logits, expected)
     cached = [model.generate(ids, max_new_tokens=8, do_sample=False), plain.generate(ids, max_new_tokens=8)]
     assert torch.equal(*cached)
 
@@ -68,7 +77,7 @@ def test_detach_gives_the_host_back(case, host):
     ids = random_ids(2, LENGTH)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-    assert mnemic.attach(model, case.memory, segment=SEGMENT, **case.options) is model
+    assert case.attach(model) is model
     assert isinstance(model, before[0])
     names = set(before[3])
     assert {n for n in model.state_dict() if not n.startswith("memory.")} == names
@@ -106,9 +115,9 @@ def test_attaching_again_works(case, host):
     ids = random_ids(1, LENGTH)
     for _ in range(2):
         torch.manual_seed(3)
-        mnemic.attach(model, case.memory, segment=SEGMENT, **case.options)
+        case.attach(model)
         logits = parallel(model, ids).logits
         mnemic.detach(model)
     torch.manual_seed(3)
-    mnemic.attach(model, case.memory, segment=SEGMENT, **case.options)
+    case.attach(model)
     assert torch.equal(parallel(model, ids).logits, logits)

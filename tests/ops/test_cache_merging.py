@@ -154,6 +154,17 @@ def test_tokens_that_are_not_real_change_nothing(split, sizes):
     assert all(torch.equal(noise[name], state[name]) for name in state)
 
 
+def test_the_first_token_opens_whatever_its_logit():
+    _, k, v, weights, logits = inputs(20, 1.0, seed=16)
+    real = torch.arange(20).expand(ROWS, -1) >= 3
+    for mask, first in ((None, 0), (real, 3)):
+        columns = []
+        for value in (float("inf"), float("-inf"), 0.3):
+            logits[..., first] = value
+            columns.append(cm.parallel(k, v, weights, logits, real=mask))
+        assert all(torch.equal(a, b) for other in columns[1:] for a, b in zip(columns[0], other, strict=True))
+
+
 def test_padding_is_invisible_to_whole_rows():
     _, k, v, weights, logits = inputs(30, 1.0, seed=4)
     real = torch.rand(ROWS, 30, generator=torch.Generator().manual_seed(5)) < 0.6

@@ -55,7 +55,7 @@ def assert_same_gradients(fast: tuple, slow: tuple, leaves: list[Tensor]) -> Non
     for y, state in (fast, slow):
         make = torch.Generator().manual_seed(9)
         out = [y, *state.weights, *state.momentum, *state.start]
-        loss = sum((o * torch.randn(o.shape, generator=make, dtype=o.dtype)).sum() for o in out)
+        loss = torch.stack([(o * torch.randn(o.shape, generator=make, dtype=o.dtype)).sum() for o in out]).sum()
         grads.append(torch.autograd.grad(loss, leaves, allow_unused=True))
     for leaf, a, b in zip(leaves, *grads, strict=True):
         zero = torch.zeros_like(leaf)
@@ -109,7 +109,7 @@ def test_the_clamp_bounds_the_step_and_is_off_for_small_gradients():
 
     def norms(max_norm):
         _, after = run(inputs, state, Rule(chunk=4, max_norm=max_norm))
-        return sum(s.square().sum((-1, -2)) for s in after.momentum).sqrt()
+        return torch.stack([s.square().sum((-1, -2)) for s in after.momentum]).sum(0).sqrt()
 
     free = norms(None)
     torch.testing.assert_close(norms(1e6), free)
@@ -259,7 +259,7 @@ def test_learns_without_autograd_and_the_state_keeps_its_size(length):
         for seed in range(6):
             y, state = run(tokens(1, length, seed=seed), state, rule)
             assert {name: t.shape for name, t in state.named().items()} == sizes
-        assert not y.requires_grad
+            assert not y.requires_grad
     assert not torch.allclose(state.weights[0], weights[0])
     memory = sum(w[0].numel() for w in weights)
     assert sum(t[0, 0].numel() for part in state[:3] for t in part) == 3 * memory

@@ -105,8 +105,9 @@ def load_state(model: Any, path: str | os.PathLike) -> State:
     header, tensors = read_file(path, "state")
     base = base_model(model)
     check_owner(base, header, f"The state {path}")
-    state = State({n: t.to(base.device, base.dtype if t.is_floating_point() else None) for n, t in tensors.items()})
-    base.memory.initial_state(1)._check_same(state)
+    first = base.memory.initial_state(1)
+    state = State({n: t.to(base.device, first[n].dtype if n in first else None) for n, t in tensors.items()})
+    first._check_same(state)
     return state
 
 

@@ -255,8 +255,10 @@ class Stream:
         if layout.window or int(cache.open.max()):
             for i, kv in cache.keys_values.items():
                 tensors[f"keys/{i}"], tensors[f"values/{i}"] = kv.keys[:, :used], kv.values[:, :used]
+            tensors.update({f"features/{n}": t[:, :used] for n, t in cache.features.items()})
         if bool((cache.open % layout.every > 0).any()):
             tensors.update({f"trace/{i}/{n}": t for i, trace in cache.trace.items() for n, t in trace.items()})
+        tensors.update({f"buffers/{n}": t for n, t in cache.buffers.items()})
         tensors["last_logits"] = cache.last_logits
         write_file(path, "stream", self._header(), tensors)
 
@@ -279,7 +281,7 @@ class Stream:
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise FileFormatError(f"{what} is incomplete or inconsistent ({error}); restore it from a copy.") from error
         try:
-            stream._restore(header, {n: stream._here(t) for n, t in tensors.items()})
+            stream._restore(header, {n: stream._here(n, t) for n, t in tensors.items()})
         except (KeyError, ValueError, IndexError, RuntimeError, TypeError) as error:
             raise FileFormatError(f"{what} is incomplete or inconsistent ({error}); restore it from a copy.") from error
         return stream
@@ -316,6 +318,12 @@ class Stream:
         for i in layers:
             keys, values = (self._widened(tensors[f"{kind}/{i}"], layout.columns, rows) for kind in ("keys", "values"))
             cache.keys_values[i] = KeyValues(keys, values)
+        for name in (n for n in tensors if n.startswith("features/")):
+            cache.features[name.removeprefix("features/")] = self._widened(tensors[name], layout.columns, rows, dim=2)
+        for name in (n for n in tensors if n.startswith("buffers/")):
+            if tensors[name].shape[0] != rows:
+                raise ValueError(f"{name} has another number of rows")
+            cache.buffers[name.removeprefix("buffers/")] = tensors[name]
         for name in (n for n in tensors if n.startswith("trace/")):
             _, i, part = name.split("/", 2)
             cache.trace[int(i)] = State({**cache.trace.get(int(i), {}), part: tensors[name]})
@@ -324,15 +332,22 @@ class Stream:
         cache.state, cache.open, cache.seen, cache.last_logits = state, opened, seen, tensors["last_logits"]
 
     @staticmethod
-    def _widened(stored: Tensor, columns: int, rows: int) -> Tensor:
-        if stored.dim() != 4 or stored.shape[0] != rows or stored.shape[1] > columns:
-            raise ValueError(f"keys and values of shape {tuple(stored.shape)}")
+    def _widened(stored: Tensor, columns: int, rows: int, dim: int = 4) -> Tensor:
+        if stored.dim() < dim or stored.shape[0] != rows or stored.shape[1] > columns:
+            raise ValueError(f"keys, values or features of shape {tuple(stored.shape)}")
         full = stored.new_zeros(rows, columns, *stored.shape[2:])
         full[:, : stored.shape[1]] = stored
         return full
 
-    def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.base.device, self.base.dtype if tensor.is_floating_point() else None)
+    def _here(self, name: str, tensor: Tensor) -> Tensor:
+        """On the model's device, in its dtype; state and buffers in the memory's own (running sums may be float32)."""
+        kind, _, part = name.partition("/")
+        dtype = self.base.dtype if tensor.is_floating_point() else None
+        if kind == "state" and part in self.state:
+            dtype = self.state[part].dtype
+        elif kind == "buffers":
+            dtype = None
+        return tensor.to(self.base.device, dtype)
 
     def _with(self, cache: MemoryCache, batch_size: int) -> "Stream":
         twin = Stream(self.model, batch_size, tokenizer=self._tokenizer)

@@ -150,8 +150,7 @@ def parallel(
     if pack is not None:
         k, v, weights, log_odds = (pack.pack(x) for x in (k, v, weights, log_odds))
     ahead = window - 1
-    first = torch.arange(log_odds.shape[-1], device=log_odds.device) == 0
-    log_odds = log_odds.masked_fill(first, float("-inf"))
+    # What stands before the first token weighs nothing, so its b need not be 0.
     # Sums of log b run inside each window: differences of one long sum would be inf - inf, and lose digits.
     steps = F.pad(F.logsigmoid(log_odds), (ahead, 0)).unfold(-1, window, 1)[..., 1:]
     decay = F.pad(steps.flip(-1).cumsum(-1).flip(-1), (0, 1))

@@ -21,10 +21,10 @@ Shapes: B rows, T tokens, h heads, d width, b chunk length, C chunks, R = B h. W
 `naive` says the same with loops and autograd; it is the reference of the tests.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,7 @@ def run(
     Returns: y (B, T, h, out_L) in the dtype of q, zero where not real, and the state after the last token.
 
     Raises ValueError on shapes that do not fit. Differentiable once in all inputs and the state; uses no autograd
-    itself. Needs O(T h b) numbers beside the state.
+    itself. T > 1 waits once for the device, to learn where the rows stand.
     """
     _check(q, k, v, (eta, theta, alpha), state, rule, real, decay_to)
     dtype = state.weights[0].dtype
@@ -153,8 +153,7 @@ def run(
 def _check(q, k, v, gates, state, rule, real, decay_to) -> None:
     batch, heads = state.weights[0].shape[:2]
     tokens, ins, outs = q.shape[1], state.weights[0].shape[-1], state.weights[-1].shape[-2]
-    wanted = {"q": (q, ins), "k": (k, ins), "v": (v, outs)}
-    for name, (x, width) in wanted.items():
+    for name, x, width in (("q", q, ins), ("k", k, ins), ("v", v, outs)):
         if x.shape != (batch, tokens, heads, width):
             raise ValueError(
                 f"{name} must be (B, T, h, width) = {(batch, tokens, heads, width)}, not {tuple(x.shape)}."
@@ -175,13 +174,13 @@ def _gradient(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The inner gradient in factors: activations (R, b, in_l) and errors (R, b, out_l), without theta and `scale`.
 
-    k (R, b, in_1), target (R, b, out_L) is k - v for a residual memory, else -v; start: (R, out_l, in_l).
+    k (R, b, in_1), target (R, b, out_L) is v - k for a residual memory, else v; start: (R, out_l, in_l).
     """
     activations, before = [k], []
     for w in start[:-1]:
         before.append(activations[-1] @ w.mT)
         activations.append(F.gelu(before[-1]))
-    errors = [torch.baddbmm(target, activations[-1], start[-1].mT)]
+    errors = [torch.baddbmm(target, activations[-1], start[-1].mT, beta=-1)]
     for w, z in zip(reversed(start[1:]), reversed(before), strict=True):
         # gelu_backward(e, z) is e gelu'(z) in one pass, and autograd knows its derivative.
         errors.append(torch.ops.aten.gelu_backward(errors[-1] @ w, z))
@@ -195,12 +194,22 @@ def _gradient(
     return activations, errors
 
 
-def _flush(x: Tensor) -> Tensor:
+class _Flush(torch.autograd.Function):
     """0 below the root of the smallest normal number (1e-19 in float32); derivative 1 everywhere.
 
     So small a share shows in no sum, but numbers below the normal ones slow the matrix products several times.
     """
-    return x + (F.hardshrink(x, torch.finfo(x.dtype).tiny ** 0.5) - x).detach()
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return F.hardshrink(x, torch.finfo(x.dtype).tiny ** 0.5)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad
+
+
+_flush = cast(Callable[[Tensor], Tensor], _Flush.apply)
 
 
 def _products(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,14 +244,14 @@ class _Schedule(NamedTuple):
     mix_end: Tensor  # (C, R, b, 2, 1)
 
 
-def _schedule(eta: Tensor, theta: Tensor, alpha: Tensor, here: Tensor) -> _Schedule:
-    """Gates (C, R, b), already neutral (1, 0, 0) where `here` (C, R, b), 0 or 1, is 0.
+def _schedule(eta: Tensor, theta: Tensor, alpha: Tensor, here: Tensor | None) -> _Schedule:
+    """Gates (C, R, b), already neutral (1, 0, 0) where `here` (C, R, b), 0 or 1, is 0; None: 1.
 
     With u = here: f_t = (1 - alpha_t) f_{t-1} + u_t m_t, and G likewise from N. A neutral token must not add S to W.
     """
     decays, keep = _products(1 - alpha)
     rolls, roll = _products(eta)
-    sums = decays @ (here.unsqueeze(-1) * rolls)
+    sums = decays @ (rolls if here is None else here.unsqueeze(-1) * rolls)
     look = torch.stack([keep, eta[..., :1] * sums[..., 0]], -1)
     end, last = look[..., -1, :], roll[..., -1]
     carry = torch.stack([end, torch.stack([torch.zeros_like(last), last], -1)], -2)
@@ -260,6 +269,7 @@ class _Grid:
     shift: int
     count: int
     width: int
+    full: bool
 
     def gather(self, x: Tensor, neutral: float = 0.0) -> Tensor:
         """(B, T, h, ...) to (C, B h, width, ...), `neutral` where a column holds no token."""
@@ -298,15 +308,15 @@ def _grid(position: Tensor, tokens: int, chunk: int, real: Tensor | None) -> tup
     where = torch.arange(count * width, device=device) - (position[:, None] - base)
     here = (where >= 0) & (where < length[:, None])
     source = None
-    rank = torch.arange(tokens, device=device).expand(batch, -1)
-    order = rank
+    rank = order = torch.arange(tokens, device=device).expand(batch, -1)
     if real is not None:
         rank = (real.cumsum(1) - 1).clamp_min(0)
         order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
     columns = (rank + position[:, None] - base).clamp_max(count * width - 1)
     if real is not None or len(set(begins)) > 1:
         source = order.gather(1, where.clamp(0, tokens - 1)) + torch.arange(batch, device=device)[:, None] * tokens
-    return _Grid(source, here, columns, begins[0] - base, count, width), ends
+    full = sum(ends) - sum(begins) == batch * count * width
+    return _Grid(source, here, columns, begins[0] - base, count, width, full), ends
 
 
 def _chunks(
@@ -318,14 +328,15 @@ def _chunks(
     if tokens == 0:
         return v, state
     grid, ends = _grid(state.position, tokens, rule.chunk, real)
-    depth, scale = len(state.weights), rule.scale(v.shape[-1])
-    residual = rule.adds_input(depth)
-    here = grid.here.unflatten(1, (grid.count, -1)).permute(1, 0, 2).repeat_interleave(heads, 1).to(eta.dtype)
+    scale, residual = rule.scale(v.shape[-1]), rule.adds_input(len(state.weights))
+    here = None
+    if not grid.full:
+        here = grid.here.unflatten(1, (grid.count, -1)).permute(1, 0, 2).repeat_interleave(heads, 1).to(eta.dtype)
     q, k, v, theta, alpha = (grid.gather(x) for x in (q, k, v, theta * scale, alpha))
     eta = grid.gather(eta, neutral=1.0)
-    target = k - v if residual else -v
+    target = v - k if residual else v
     # W and S side by side and transposed, (R, 2, in, out): one product reads both, one moves both.
-    both = [_stack(w, s) for w, s in zip(state.weights, state.momentum, strict=True)]
+    both = [torch.stack([w.mT, s.mT], 2).flatten(0, 1) for w, s in zip(state.weights, state.momentum, strict=True)]
     start = [c.flatten(0, 1) for c in state.start]
     pull = [] if decay_to is None else [_rows(t, q, batch).mT for t in decay_to]
     span = max(1, _TABLE // (batch * heads * grid.width**2))
@@ -334,7 +345,7 @@ def _chunks(
     for i, (query, key, wanted) in enumerate(zip(q.unbind(), k.unbind(), target.unbind(), strict=True)):
         if i % span == 0:
             part = slice(i, i + span)
-            table = _schedule(eta[part], theta[part], alpha[part], here[part])
+            table = _schedule(eta[part], theta[part], alpha[part], None if here is None else here[part])
             schedule = [_Schedule(*scalars) for scalars in zip(*table, strict=True)]
         now = schedule[i % span]
         activations, errors = _gradient(key, wanted, start, scale, rule)
@@ -344,17 +355,12 @@ def _chunks(
         if all(closed):
             start = [x.unbind(1)[0].mT for x in both]
         elif any(closed):
-            mask = torch.tensor(closed, device=here.device).repeat_interleave(heads)[:, None, None]
+            mask = torch.tensor(closed, device=q.device).repeat_interleave(heads)[:, None, None]
             start = [torch.where(mask, x.unbind(1)[0].mT, c) for x, c in zip(both, start, strict=True)]
     y = grid.scatter(torch.stack(outputs), batch, real)
     after = state.position + (tokens if real is None else real.sum(1))
     weights, momentum = ([x.unbind(1)[part].mT.contiguous() for x in both] for part in range(2))
     return y, _state(weights, momentum, [c.contiguous() for c in start], after % rule.chunk, heads)
-
-
-def _stack(weights: Tensor, momentum: Tensor) -> Tensor:
-    """Two (B, h, out, in) to (B h, 2, in, out)."""
-    return torch.stack([weights.mT, momentum.mT], 2).flatten(0, 1)
 
 
 def _state(weights: list[Tensor], momentum: list[Tensor], start: list[Tensor], n: Tensor, heads: int) -> FastWeights:
@@ -416,7 +422,7 @@ def _step(
     eta, theta, alpha = (x.reshape(-1, 1, 1) for x in inputs[3:])
     scale, residual = rule.scale(v.shape[-1]), rule.adds_input(len(state.weights))
     weights, momentum, start = ([t.flatten(0, 1) for t in part] for part in state[:3])
-    activations, errors = _gradient(k, k - v if residual else -v, start, scale, rule)
+    activations, errors = _gradient(k, v - k if residual else v, start, scale, rule)
     written = None if real is None else real.to(q.dtype).repeat_interleave(heads)[:, None, None]
     x = q
     for i, (a, e) in enumerate(zip(activations, errors, strict=True)):
@@ -428,7 +434,6 @@ def _step(
         x = (F.gelu(x) if i else x) @ weights[i].mT
     y = (x + q if residual else x).unflatten(0, (batch, heads)).transpose(1, 2)
     y = y if real is None else y.masked_fill(~real[..., None, None], 0.0)
-
     after = state.position + (1 if real is None else real[:, 0])
     closed = after == rule.chunk
     # On the CPU asking is free and mostly saves a pass over the weights; elsewhere asking would wait for the device.
@@ -453,7 +458,7 @@ def naive(
 ) -> tuple[Tensor, FastWeights]:
     """Reference of `run`: rows, heads and tokens in loops, the inner gradient by autograd."""
     batch, tokens, heads = eta.shape
-    depth, residual = len(state.weights), rule.adds_input(len(state.weights))
+    residual = rule.adds_input(len(state.weights))
 
     def memory(x: Tensor, layers: list[Tensor]) -> Tensor:
         z = x
@@ -480,7 +485,7 @@ def naive(
                 if rule.max_norm is not None:
                     squares = torch.stack([g.square().sum() for g in grads]).sum()
                     grads = [g / (1 + squares / rule.max_norm**2).sqrt() for g in grads]
-                for i in range(depth):
+                for i in range(len(w)):
                     to = 0.0 if decay_to is None else decay_to[i][h]
                     s[i] = eta[b, t, h] * s[i] - theta[b, t, h] * grads[i]
                     w[i] = (1 - alpha[b, t, h]) * w[i] + alpha[b, t, h] * to + s[i]
