@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 import mnemic
 from mnemic.core import memory_class
+from mnemic.hosts.sites import AttentionSite
 from tests.tiny import HOSTS, random_ids, tiny_host
 
 SEGMENT = 8
@@ -39,7 +40,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """"segmented": reads a state that earlier segments wrote; "continuous": its past is in the cache; "stateless"."""
+        """What outlives a segment: a state ("segmented"), what is kept in the cache ("continuous"), or nothing."""
         memory = attached(self).memory
         if memory.continuous:
             return "continuous"
@@ -143,6 +144,19 @@ def declares(case: Case) -> Any:
     return memory_class(case.memory)
 
 
+def unused_parameters(model: Any) -> set[str]:
+    """Names of the weights of attentions that a memory stands in the place of."""
+    memory = model.memory
+    replaced = {layer for site, layer in memory.claims if site == "attention"} if memory.uses("mixer") else set()
+    found = {
+        id(p)
+        for s in model.mnemic.sites
+        if type(s) is AttentionSite and s.layer in replaced
+        for p in s.module.parameters()
+    }
+    return {name for name, p in model.named_parameters() if id(p) in found}
+
+
 def parallel(model: Any, ids: Tensor, **inputs: Any) -> Any:
     """One call without a cache, as in training."""
     with torch.no_grad():
@@ -186,4 +200,5 @@ def plain_segments(host: PreTrainedModel, ids: Tensor, segment: int = SEGMENT) -
 __all__ = [
     "CASES", "CHUNKINGS", "EXCLUDED", "LENGTH", "SEGMENT", "Case", "assert_states_close", "attached", "build", "case",
     "checkpointing", "chunked", "declares", "pairs", "parallel", "plain_segments", "random_ids",
+    "unused_parameters",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import mnemic
 
-from . import demo, evaluate, show, stream, systems, train
+from . import demo, evaluate, new, show, stream, systems, train
 
 
 class _Commands(TyperGroup):
@@ -69,6 +69,7 @@ app.command("show", short_help="Explain one memory.")(show.show)
 app.command("train", short_help="Train a host with a memory.")(train.train)
 app.command("eval", short_help="Measure a trained model.")(evaluate.evaluate)
 app.command("stream", short_help="Read, ask, save, resume.")(stream.stream)
+app.command("new", short_help="Begin a new memory.")(new.new)
 app.command("demo", short_help="See what a memory does.")(demo.demo)
 
 

@@ -4,32 +4,38 @@ import dataclasses
 import inspect
 import json
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
 PROBE_HOST = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "vocab_size": 64, "max_position_embeddings": 256,
+    "num_key_value_heads": 4, "vocab_size": 64, "max_position_embeddings": 32768,
 }  # fmt: skip
 """A Llama as wide as its segments are long, so that memories with one slot per token fit too."""
 SEGMENT = 64
 UNKNOWN = "?"
+ABILITIES = ("croppable", "reorderable", "batch_safe", "constant_size", "whole_segments")
 
 
 def systems(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also list what is not built yet.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with everything that was probed.")] = False,
 ) -> None:
-    """List all memories: what each is, where it reads, and what it promises.
+    """List all memories: what each is, where it reads, what it keeps, and what it promises.
 
     Every memory is attached to a small fresh host and tried; the table says what was measured, not what is claimed.
     "identity": the host's logits are unchanged when the memory is new, segment by segment, by default or with a
-    preset. "state": whether the bytes carried from call to call stay the same however much is read.
+    preset. "state": numbers kept for a row (L blocks, d width, H and Hkv heads, e head width, T segment, options), and
+    whether the bytes carried from call to call stay the same however much is read. "parameters": what the memory adds
+    to the small host. --all adds the published systems that are known here and not built yet.
 
     \b
     Examples:
       mnemic systems
+      mnemic systems --all
       mnemic systems --markdown
       mnemic systems --json > systems.json
 
@@ -45,8 +51,8 @@ def systems(
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
-    columns = ("name", "family", "what it is", "reads at", "identity", "state", "presets")
-    rows = [_row(entry) for entry in found]
+    columns = ("name", "family", "what it is", "reads at", "identity", "state", "parameters", "presets")
+    rows = [_row(entry) for entry in found] + (_unbuilt() if everything else [])
     if markdown:
         for cells in (columns, ["---"] * len(columns), *([_escaped(c) for c in row] for row in rows)):
             print(f"| {' | '.join(cells)} |")
@@ -55,6 +61,8 @@ def systems(
     for row in rows:
         shown.add_row(*row)
     console().print(shown)
+    if not everything:
+        console().print(f"{len(_unbuilt())} more published systems are not built yet: mnemic systems --all")
 
 
 def all_systems() -> list[dict[str, Any]]:
@@ -79,6 +87,10 @@ def describe(name: str) -> dict[str, Any]:
         "what": doc.split("\n")[0].rstrip(".") or kind.paper,
         "paper": kind.paper,
         "sites": default["sites"],
+        "state_size": kind.state_size,
+        "parameters": default["parameters"],
+        "limits": dict(kind.limits) if isinstance(kind.limits, Mapping) else {},
+        "abilities": {n: bool(getattr(kind, n)) for n in ABILITIES if isinstance(getattr(kind, n), bool)},
         "identity_at_attach": {preset: p["identity"] for preset, p in probed.items()},
         "constant_state": default["constant"],
         "state_bytes": default["state_bytes"],
@@ -97,7 +109,8 @@ def _probe(name: str, preset: str) -> dict[str, Any]:
     from ..core.errors import MnemicError
     from ..hosts import attach
 
-    result: dict[str, Any] = {"sites": None, "identity": None, "constant": None, "state_bytes": None, "problem": None}
+    result: dict[str, Any] = {"sites": None, "identity": None, "constant": None, "state_bytes": None}
+    result |= {"parameters": None, "problem": None}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         host = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **PROBE_HOST)).eval()
@@ -110,6 +123,7 @@ def _probe(name: str, preset: str) -> dict[str, Any]:
             read = SEGMENT if model.memory.continuous else 2 * SEGMENT
             logits = model(ids[:, :read], use_cache=False).logits
             result["sites"] = sorted(model.memory.sites)
+            result["parameters"] = sum(p.numel() for p in model.memory.parameters() if p.requires_grad)
             result["identity"] = bool(torch.allclose(logits, plain[:, :read], atol=1e-5))
             stream = model.stream().feed(ids[:, : 2 * SEGMENT])
             early = stream.state_bytes
@@ -130,9 +144,20 @@ def _row(entry: dict[str, Any]) -> list[str]:
         entry["what"],
         UNKNOWN if entry["sites"] is None else ", ".join(entry["sites"]) or "–",
         "yes" if identity["default"] else ", ".join(by_preset) or (UNKNOWN if identity["default"] is None else "no"),
-        constant,
+        f"{entry['state_size']}; {constant}",
+        UNKNOWN if entry["parameters"] is None else f"{entry['parameters']:,}",
         ", ".join(preset for preset in entry["presets"] if preset != "default") or "–",
     ]
+
+
+def _unbuilt() -> list[list[str]]:
+    """Rows of the published systems that have no file yet."""
+    from ..core.catalogue import catalogue
+    from ..core.registry import memory_names
+
+    built = set(memory_names())
+    missing = sorted((e for e in catalogue().values() if e.name not in built), key=lambda e: (e.family, e.name))
+    return [[e.name, e.family, f"{e.title} ({e.year})", "not built", "–", "–", "–", "–"] for e in missing]
 
 
 def _escaped(cell: str) -> str:

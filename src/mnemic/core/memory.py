@@ -183,6 +183,9 @@ class Memory(nn.Module):
 
     Class attributes that a system declares:
         name: as in the registry; config_class; paper: title, year and arXiv number for tables and docs.
+        state_size: numbers that a row's state holds with the default options, as an expression of L (blocks), d
+            (width), H and Hkv (heads), e (head width), T (segment) and options' names; "0" for none. A continuous
+            memory counts what it keeps in the cache.
         croppable: the last tokens can be taken back, so assisted decoding may use it.
         constant_size: the state's bytes do not grow with the tokens read.
         reorderable: rows of its state may change places, so beam search may use it.
@@ -195,6 +198,7 @@ class Memory(nn.Module):
     name: ClassVar[str]
     config_class: ClassVar[type[MemoryConfig]]
     paper: ClassVar[str]
+    state_size: ClassVar[str] = "?"
     croppable: ClassVar[bool] = False
     reorderable: ClassVar[bool] = True
     batch_safe: ClassVar[bool] = True
@@ -327,6 +331,18 @@ class Memory(nn.Module):
     def logits(self, logits: Tensor, step: Step) -> Tensor:
         """Logits (B, n, vocabulary) of some text tokens, from the host's own."""
         return logits
+
+    # Training
+
+    def optimizer_groups(self) -> Mapping[str, Mapping[str, float]]:
+        """Parameters trained unlike the rest: pattern of their names (as `fnmatch`, names as in `named_parameters`) ->
+        settings; of several patterns that fit the first counts.
+
+        lr: a learning rate of its own, constant over the training (no warm-up, no decay). lr_scale: factor of the
+        memory's rate, which follows the schedule. weight_decay. What is not named is as for all: norms and biases are
+        never decayed.
+        """
+        return {}
 
     # Writing
 

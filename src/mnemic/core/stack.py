@@ -114,6 +114,10 @@ class Stack(Memory):
     def first_position(self, writing: bool = False) -> int:
         return max(m.first_position(writing) for m in self.members.values())
 
+    def optimizer_groups(self) -> Mapping[str, Mapping[str, float]]:
+        groups = {n: m.optimizer_groups() for n, m in self.members.items()}
+        return {f"parts.{n}.{pattern}": one for n, part in groups.items() for pattern, one in part.items()}
+
     # State
 
     def initial_state(self, batch_size: int) -> State:
@@ -266,8 +270,8 @@ def _check(members: Mapping[str, Memory]) -> None:
     written = [n for n, m in members.items() if m.uses("commit") or "tokens" in m.sites]
     if flowing and written:
         raise ConfigError(
-            f"{flowing[0]!r} reads a stream without segments, {written[0]!r} writes at the end of segments; they cannot "
-            "be stacked."
+            f"{flowing[0]!r} reads a stream without segments, {written[0]!r} writes at the end of segments; they "
+            "cannot be stacked."
         )
 
 

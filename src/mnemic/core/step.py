@@ -22,8 +22,8 @@ class Host(Protocol):
         ...
 
     def project(self, hidden: Tensor, layer: int, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, key-value heads, N, e) that layer `layer` makes of inputs of its attention (B, N, d): free
-        of position, or with the keys rotated to `places` (B or 1, N)."""
+        """Keys and values (B, key-value heads, N, e) that layer `layer` makes of inputs of its attention (B, N, d):
+        free of position, or with the keys rotated to `places` (B or 1, N)."""
         ...
 
     def normalise(self, hidden: Tensor, layer: int) -> Tensor:
@@ -50,7 +50,7 @@ class Frame:
     num_read, num_write: memory tokens in front of and behind the text.
     columns: the open segment's store of features; None where nothing is kept from call to call.
     buffers: tensors (B, ...) that the stream owns and the memory may change in place; None where there is no stream.
-    writing: this is the second pass of a memory with `write_pass`.
+    writing: this is the second pass of a memory with `write_pass`. diagnosing: `Memory.diagnostics` will be asked.
 
     What the step leaves: trace, written_trace (by layer, for `commit`), left (state), notes (for layers above), losses,
     hidden (B, T, d) after the host's final norm.
@@ -69,6 +69,7 @@ class Frame:
     buffers: MutableMapping[str, Tensor] | None = None
     writing: bool = False
     training: bool = False
+    diagnosing: bool = False
     companion_logits: Tensor | None = None
     trace: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     written_trace: dict[int, dict[str, Tensor]] = field(default_factory=dict)
@@ -121,6 +122,11 @@ class Step:
     @property
     def training(self) -> bool:
         return self.frame.training
+
+    @property
+    def diagnosing(self) -> bool:
+        """`Memory.diagnostics` will be asked: keep what it needs beyond the commit."""
+        return self.frame.diagnosing
 
     @property
     def num_read(self) -> int:

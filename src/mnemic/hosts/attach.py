@@ -186,8 +186,8 @@ def _layout(name: str, memory: Memory, anatomy: Anatomy, segment: int | None) ->
         raise ConfigError(f"segment = {segment!r}, expected a number of tokens of at least 1.")
     if limit is not None and segment + around > limit:
         raise ConfigError(
-            f"A segment of {segment} tokens with {around} for the memory needs {segment + around} positions, but {name} "
-            f"has {limit}; use segment={max(limit - around, 0)} or less."
+            f"A segment of {segment} tokens with {around} for the memory needs {segment + around} positions, but "
+            f"{name} has {limit}; use segment={max(limit - around, 0)} or less."
         )
     return Layout(
         segment=segment,
@@ -226,7 +226,9 @@ def _config_for(memory: Any, preset: str | None, fresh: bool, options: dict[str,
         memory = memory.split("+")
     if isinstance(memory, Sequence) and not isinstance(memory, str):
         if preset is not None or options:
-            raise ConfigError("Settings of stacked memories go with each of them: give their configs, or 'name:preset'.")
+            raise ConfigError(
+                "Settings of stacked memories go with each of them: give their configs, or 'name:preset'."
+            )
         if len(memory) == 1:
             return _config_for(memory[0], None, fresh, {})
         return StackConfig(memories=tuple(_config_for(m, None, fresh, {}) for m in memory))

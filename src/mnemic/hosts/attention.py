@@ -49,9 +49,7 @@ def attend(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return _base(base, module)(module, query, keys, values, mask, **kwargs)[0]
 
         layer: Any = module.layer_idx
-        if frame is None or not frame.memory.uses("attention") and not frame.memory.uses("keys_values"):
-            return plain(query, key, value, attention_mask), None
-        if layer not in frame.memory.layers:
+        if frame is None or layer not in frame.memory.layers:
             return plain(query, key, value, attention_mask), None
         rotation, new = frame.rotations.get(layer), None
         if frame.columns is not None:

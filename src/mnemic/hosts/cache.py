@@ -33,7 +33,9 @@ class SegmentKV(Cache):
     `new` has, by layer, what this step brought. `features` does the same for what a memory keeps beside them.
     """
 
-    def __init__(self, cache: "MemoryCache", layout: Layout, columns: Tensor, start: int | None, limit: int, base: int = 0):
+    def __init__(
+        self, cache: "MemoryCache", layout: Layout, columns: Tensor, start: int | None, limit: int, base: int = 0
+    ):
         super().__init__(layers=[])
         self.stored, self.kept = cache.keys_values, cache.features
         self.layout, self.columns, self.start, self.limit, self.base = layout, columns, start, limit, base
@@ -208,7 +210,10 @@ class MemoryCache(Cache):
             held = [getattr(c, kind) for c in caches]
             for name in sorted({n for one in held for n in one}):
                 like = next(one[name] for one in held if name in one)
-                parts = [one[name] if name in one else _zeros(c.batch_size)(like) for one, c in zip(held, caches, strict=True)]
+                parts = [
+                    one[name] if name in one else _zeros(c.batch_size)(like)
+                    for one, c in zip(held, caches, strict=True)
+                ]
                 getattr(joined, kind)[name] = _stacked(parts)
         return joined
 

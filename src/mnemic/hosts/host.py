@@ -121,8 +121,9 @@ class MemoryHost(MemorySteps):
                 entering = (piece.take > 0) & (cache.open % layout.every == 0) & (carried | (commits > 0))
                 self._cut(cache, truncation.cuts(commits, total) & entering)
             logits, segment, losses = self._read(
-                cache, layout, piece, cut(aligned.tokens, piece), collector.first_needed(piece), persistent
-            )
+                cache, layout, piece, cut(aligned.tokens, piece), collector.first_needed(piece), persistent,
+                memory_diagnostics,
+            )  # fmt: skip
             extra += losses.values()
             if logits is not None:
                 collector.add(logits, piece, piece.width - logits.shape[1])
@@ -182,7 +183,9 @@ class MemoryHost(MemorySteps):
             here = rows.to(tensor.device)
             for sink in range(layout.sinks):
                 # A sink is filled when its token leaves the window; `seen` counts the segment that has just ended.
-                leaves = (cache.seen - layout.window > sink) & (cache.seen - layout.segment - layout.window <= sink) & ended
+                leaves = (
+                    (cache.seen - layout.window > sink) & (cache.seen - layout.segment - layout.window <= sink) & ended
+                )
                 if bool(leaves.any()):
                     from_column = layout.text + sink - (cache.seen[leaves] - layout.segment)
                     where = leaves.nonzero().squeeze(1)
@@ -237,8 +240,8 @@ class MemoryHost(MemorySteps):
             if self.mnemic.position_table and longest > (self.mnemic.max_positions or longest):
                 raise InputError(
                     f"A stream of {longest} tokens does not fit the {self.mnemic.max_positions} positions that "
-                    f"{self.mnemic.host_class.__name__} has vectors for; a stream without segments reads on without end only "
-                    "on hosts with relative positions (rotary). Use a segment memory or another host."
+                    f"{self.mnemic.host_class.__name__} has vectors for; a stream without segments reads on without "
+                    "end only on hosts with relative positions (rotary). Use a segment memory or another host."
                 )
             if not persistent:
                 return replace(layout, segment=longest, every=longest)

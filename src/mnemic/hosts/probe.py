@@ -77,7 +77,7 @@ def check_memory(model: "MemoryHost") -> None:
     ids = _ids(model, segment if memory.whole_segments else min(_TOKENS, segment))
     with evaluating(model), torch.no_grad():
         reached, hidden = model._reach(ids)
-        if memory.uses("attention") and memory.host.rotary:
+        if (memory.uses("attention") or memory.uses("keys_values")) and memory.host.rotary:
             _check_rotation(model)
     if writes and hidden is None:
         raise HostError(
@@ -85,15 +85,17 @@ def check_memory(model: "MemoryHost") -> None:
             "'tokens' cannot read what was written. A sliding window ('window') works."
         )
     wanted = {"attention" if s == "residual" else s for s in inside}
-    if memory.uses("attention"):
+    if memory.uses("attention") or memory.uses("keys_values"):
         wanted.add("function")
     replaced = {i for s, i in memory.claims if s == "attention" and memory.uses("mixer")}
     for what in sorted(wanted):
-        missing = sorted(i for i in memory.layers if (what, i) not in reached and (what != "function" or i not in replaced))
+        missing = sorted(
+            i for i in memory.layers if (what, i) not in reached and (what != "function" or i not in replaced)
+        )
         if missing and not isinstance(memory, Stack):
             raise HostError(
-                f"{name} does not reach the {'attention' if what == 'function' else what} site of its layers {missing}: "
-                "it calls its parts in a way of its own. Memories at the site 'tokens' (rmt) may work."
+                f"{name} does not reach the {'attention' if what == 'function' else what} site of its layers "
+                f"{missing}: it calls its parts in a way of its own. Memories at the site 'tokens' (rmt) may work."
             )
 
 

@@ -19,6 +19,7 @@ from .attention import HostAccess
 from .cache import MemoryCache, SegmentKV
 from .frame import KEYWORD, running
 from .generation import MemoryGeneration
+from .inputs import check_vocabulary
 from .layout import Layout, as_attention_mask
 from .segments import Piece, columns_of, next_piece
 from .sites import Site
@@ -30,8 +31,8 @@ Spans = dict[str, tuple[str, int] | None]
 class Attachment:
     """What attaching added to a model besides the memory itself.
 
-    stack: the module that runs the blocks. spans: see `layout.host_spans`; companion_spans: those of the memory's second
-    model. backend: the attention implementation that the host was given. access: what memories may ask of the host.
+    stack: the module that runs the blocks. spans: see `layout.host_spans`; companion_spans: those of the memory's
+    second model. backend: the attention implementation that the host was given. access: what memories may ask of the host.
     """
 
     host_class: type
@@ -100,7 +101,9 @@ class View:
         if memory.sites - {"tokens"}:
             frame.places = layout.places(self.columns, self.origin)
             if not piece.fresh and not layout.own:
-                frame.key_places = layout.places(torch.arange(self.limit, device=self.columns.device)[None], self.origin)
+                frame.key_places = layout.places(
+                    torch.arange(self.limit, device=self.columns.device)[None], self.origin
+                )
             text = torch.arange(piece.width) < piece.take[:, None]
             if frame.num_read or frame.num_write:
                 text = torch.nn.functional.pad(text, (frame.num_read, frame.num_write), value=False)
@@ -113,7 +116,14 @@ class MemorySteps(MemoryGeneration):
     """What runs the host over one piece."""
 
     def _read(
-        self, cache: MemoryCache, layout: Layout, piece: Piece, tokens: Tensor, first: int | None, persistent: bool
+        self,
+        cache: MemoryCache,
+        layout: Layout,
+        piece: Piece,
+        tokens: Tensor,
+        first: int | None,
+        persistent: bool,
+        diagnosing: bool = False,
     ) -> tuple[Tensor | None, Segment, dict[str, Tensor]]:
         """Run the host on one piece. Returns the logits from text position `first` on, what the memory kept for its
         commit, and its losses."""
@@ -122,6 +132,7 @@ class MemorySteps(MemoryGeneration):
         view = self._view(cache, layout, piece, tokens)
         kv = None if piece.fresh else self._keys_values(cache, view)
         frame = self._frame(cache, view, tokens, kv)
+        frame.diagnosing = diagnosing
         keep, skip = _logit_columns(layout, piece, first, tokens.device)
         given = self._with_memory_tokens(cache.state, piece, tokens)
         if memory.write_pass:
@@ -131,7 +142,9 @@ class MemorySteps(MemoryGeneration):
         mask = view.mask(attached.spans, attached.backend, self.dtype)
         logits, frame = step(given, frame, view.positions(), mask, kv, keep)
         ahead = frame.num_read
-        trace = {i: {n: t[:, ahead : ahead + piece.width] for n, t in layer.items()} for i, layer in frame.trace.items()}
+        trace = {
+            i: {n: t[:, ahead : ahead + piece.width] for n, t in layer.items()} for i, layer in frame.trace.items()
+        }
         hidden = frame.hidden
         written = hidden[:, -layout.write :] if piece.write and hidden is not None else None
         if persistent or bool((piece.done & (piece.take < layout.every)).any()):
@@ -234,8 +247,14 @@ class MemorySteps(MemoryGeneration):
         """The logits with the memory's part; a companion reads the piece's text even where nobody asks for logits."""
         if (companion := self.memory.companion) is not None:
             if tokens.dim() != 2:
-                raise InputError(f"The memory {self.memory.name!r} reads token ids with a second model; give input_ids.")
-            layout = replace(view.layout, read=0, write=0, offset=0, bidirectional=False)
+                raise InputError(
+                    f"The memory {self.memory.name!r} reads token ids with a second model; give input_ids."
+                )
+            if tokens.device.type == "cpu":
+                check_vocabulary(tokens, companion.get_input_embeddings().weight.shape[0])
+            if logits is None and view.piece.fresh:
+                return None
+            layout = replace(view.layout, read=0, write=0, offset=0, bidirectional=False, own=False)
             own = self._view(cache, layout, replace(view.piece, read=False, write=False), tokens)
             kv = None if own.piece.fresh else self._keys_values(cache, own, base=self.memory.host.num_layers)
             backend = str(companion.config._attn_implementation)
@@ -279,6 +298,7 @@ def _logit_columns(layout: Layout, piece: Piece, first: int | None, device) -> t
     ahead = layout.read if piece.read else 0
     return torch.arange(ahead + first, ahead + piece.width, device=device), 0
 
+
 def _buffer(cache: MemoryCache, layout: Layout, piece: Piece, trace: dict[int, Trace]) -> dict[int, Trace]:
     """Put the piece's trace behind what the rows traced since their last commit; returns the joined trace."""
     whole = bool((piece.done & (piece.take == layout.every)).all())
@@ -300,4 +320,3 @@ def _buffer(cache: MemoryCache, layout: Layout, piece: Piece, trace: dict[int, T
             after[name] = before[name].index_put(index, value) if grads else before[name].index_put_(index, value)
         cache.trace[layer] = State(after)
     return {layer: dict(state) for layer, state in cache.trace.items()}
-

@@ -17,6 +17,7 @@ class NoMemory(Memory):
     name = "none"
     config_class = NoneConfig
     paper = "baseline: the host alone"
+    state_size = "0"
 
     @property
     def identity_at_attach(self) -> bool:

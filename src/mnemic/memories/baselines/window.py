@@ -20,6 +20,7 @@ class Window(Memory):
     name = "window"
     config_class = WindowConfig
     paper = "baseline: sliding-window attention (Mistral 7B, 2023, arXiv 2310.06825)"
+    state_size = "2 * L * Hkv * e * T"
     continuous = True
 
     @property

@@ -102,6 +102,7 @@ class LM2(Memory):
     name = "lm2"
     config_class = LM2Config
     paper = "LM2: Large Memory Models (2025, arXiv 2502.06049)"
+    state_size = "num_slots * d"
     config: LM2Config
 
     def __init__(self, config: LM2Config, host: HostSpec):

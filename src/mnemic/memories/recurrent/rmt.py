@@ -33,6 +33,7 @@ class RMT(Memory):
     name = "rmt"
     config_class = RMTConfig
     paper = "Recurrent Memory Transformer (2022, arXiv 2207.06881)"
+    state_size = "num_tokens * d"
     config: RMTConfig
 
     def __init__(self, config: RMTConfig, host: HostSpec):
