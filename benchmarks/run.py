@@ -10,7 +10,8 @@ counted floating-point operations: the floor for work that is all matrix product
     prefill   n segments of T tokens with a cache, last logits only
     decode    one token at a time, three quarters of a segment from its start
 
-"host" is the model alone on all n * T tokens at once, with its own cache.
+"host" is the model alone on all n * T tokens at once, with its own cache. Packages by others that are installed
+(see peers.py) join with a training step, "peer: ...".
 """
 
 import argparse
@@ -32,8 +33,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import mnemic
+from benchmarks import peers
 
 VOCABULARY = 2048
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lm2": {"num_slots": 64, "preset": "default"},
+    "rmt": {"num_tokens": 16},
+}
+"""Settings where the defaults are those of a large model."""
+LEFT_OUT = ("lm2-reference",)
+"""Reads whole segments as long as the host is wide."""
 
 
 def build(name: str, arguments: argparse.Namespace) -> Any:
@@ -51,14 +60,19 @@ def build(name: str, arguments: argparse.Namespace) -> Any:
         eos_token_id=None,
     )
     host = AutoModelForCausalLM.from_config(config).to(arguments.device)
-    options = {"lm2": {"num_slots": arguments.slots, "preset": "default"}, "rmt": {"num_tokens": 16}}
-    return host if name == "host" else mnemic.attach(host, name, segment=arguments.segment, **options.get(name, {}))
+    if name == "host" or name.startswith("peer: "):
+        return host
+    return mnemic.attach(host, name, segment=arguments.segment, **OPTIONS.get(name, {"preset": "default"}))
 
 
-def workloads(model: Any, arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
+def workloads(name: str, arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    model = build(name, arguments)
     rows, tokens = arguments.batch, arguments.segment * arguments.segments
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCABULARY, (rows, tokens), generator=generator).to(arguments.device)
+    if name.startswith("peer: "):
+        step = peers.train_step(name.removeprefix("peer: "), model, ids, VOCABULARY, arguments.segment)
+        return {"train": step}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     steps = arguments.segment * 3 // 4
 
@@ -100,9 +114,9 @@ def seconds(work: Callable[[], None], device: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memories", nargs="+", default=["none", "window", "rmt", "lm2"])
+    parser.add_argument("--memories", nargs="+", default=[n for n in mnemic.memory_names() if n not in LEFT_OUT])
     for name, default in (
-        ("width", 256), ("layers", 4), ("batch", 4), ("segment", 128), ("segments", 4), ("slots", 64), ("rounds", 7),
+        ("width", 256), ("layers", 4), ("batch", 4), ("segment", 128), ("segments", 4), ("rounds", 7),
         ("threads", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -112,13 +126,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
 
     names = ["host", *arguments.memories]
-    works = {name: workloads(build(name, arguments), arguments) for name in names}
+    names += [f"peer: {name}" for name in peers.available()]
+    works = {name: workloads(name, arguments) for name in names}
     kinds = list(works["host"])
-    flops = {name: {kind: count_flops(works[name][kind]) for kind in kinds} for name in names}
-    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in names}
+    flops = {name: {kind: count_flops(work) for kind, work in works[name].items()} for name in names}
+    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in works[name]} for name in names}
     for index in track(range(arguments.rounds + 1), description="rounds"):
         for kind in kinds:
-            for name in names:
+            for name in (n for n in names if kind in works[n]):
                 taken = seconds(works[name][kind], arguments.device)
                 if index:  # the first round warms up
                     times[name][kind].append(taken)
@@ -127,8 +142,8 @@ def main() -> None:
     for column in ("memory", "work", "time ratio", "FLOP ratio", "time / FLOP", "host seconds"):
         table.add_column(column, justify="left" if column in ("memory", "work") else "right")
     rows = []
-    for name in arguments.memories:
-        for kind in kinds:
+    for name in names[1:]:
+        for kind in times[name]:
             pairs = zip(times[name][kind], times["host"][kind], strict=True)
             ratio = statistics.median(mine / host for mine, host in pairs)
             counted = flops[name][kind] / flops["host"][kind]

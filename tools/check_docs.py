@@ -22,7 +22,7 @@ from pathlib import Path
 
 GENERATED = {
     "systems": "mnemic systems --markdown",
-    **{name: f"python tools/tables.py {name}" for name in ("demo", "bench", "babilong", "aligned")},
+    **{name: f"python tools/tables.py {name}" for name in ("demo", "bench", "babilong", "aligned", "built", "unbuilt")},
 }
 # Run when they stand beside mnemic on a line: a pipe, a redirection.
 HELPERS = {"cat", "echo", "head", "ls", "mkdir", "printf", "tail"}

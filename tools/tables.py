@@ -1,4 +1,5 @@
-"""Tables of results for README and docs, made from the raw numbers under results/: demo, bench, babilong or aligned."""
+"""Tables for README and docs: demo, bench, babilong and aligned from the raw numbers under results/; built and unbuilt
+from the systems themselves."""
 
 import json
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1] / "results"
+TESTS = ROOT.parent / "tests" / "memories"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -65,5 +67,58 @@ def aligned() -> str:
     return babilong("results-babilong-aligned.json")
 
 
+def built() -> str:
+    """Every memory, probed; its limits, and the tests of its equations."""
+    from mnemic.cli.systems import all_systems
+
+    rows = []
+    for one in all_systems():
+        tests = sorted(path.stem for path in TESTS.glob(f"test_{one['name'].replace('-', '_')}*.py"))
+        holds = [preset for preset, identity in one["identity_at_attach"].items() if identity]
+        limits = "; ".join(f"{rule}: {reason}" for rule, reason in one["limits"].items())
+        rows.append(
+            [
+                f"`{one['name']}`", one["family"], one["paper"], ", ".join(one["sites"] or ()) or "–",
+                f"`{one['state_size']}`", {True: "constant", False: "grows", None: "?"}[one["constant_state"]],
+                ", ".join(holds) or "no", "?" if one["parameters"] is None else f"{one['parameters']:,}", limits or "–",
+                ", ".join(tests) or "–",
+            ]
+        )  # fmt: skip
+    head = [
+        "memory",
+        "family",
+        "paper",
+        "reads at",
+        "state",
+        "size",
+        "identity",
+        "parameters",
+        "does not hold",
+        "evidence",
+    ]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def unbuilt() -> str:
+    """Published systems that are known here and have no file yet, by family."""
+    from mnemic.core import memory_names
+    from mnemic.core.catalogue import catalogue
+
+    families: dict[str, list[str]] = {}
+    for entry in sorted(catalogue().values(), key=lambda e: (e.family, e.year, e.name)):
+        if entry.name not in memory_names():
+            number = f", arXiv {entry.arxiv}" if entry.arxiv else ""
+            families.setdefault(entry.family, []).append(f"{entry.system} ({entry.year}{number})")
+    lines = [
+        ["family", "systems, not built"],
+        ["---", "---"],
+        *([f, "; ".join(names)] for f, names in families.items()),
+    ]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 if __name__ == "__main__":
-    print({"demo": demo, "bench": bench, "babilong": babilong, "aligned": aligned}[sys.argv[1]]())
+    tables = {
+        "demo": demo, "bench": bench, "babilong": babilong, "aligned": aligned, "built": built, "unbuilt": unbuilt,
+    }  # fmt: skip
+    print(tables[sys.argv[1]]())
