@@ -49,6 +49,9 @@ def loss_of(name: str, host: Any, vocabulary: int, segment: int) -> tuple[nn.Mod
 def train_step(name: str, host: Any, ids: Tensor, vocabulary: int, segment: int) -> Callable[[], None]:
     model, loss = loss_of(name, host, vocabulary, segment)
     model.to(ids.device).train()
+    for parameter in model.parameters():
+        # Some are views of one number, which an optimiser cannot step outside its fused path.
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def train() -> None:

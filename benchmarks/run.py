@@ -17,7 +17,9 @@ counted floating-point operations: the floor for work that is all matrix product
 import argparse
 import json
 import platform
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,12 +39,45 @@ from benchmarks import peers
 
 VOCABULARY = 2048
 OPTIONS: dict[str, dict[str, Any]] = {
-    "lm2": {"num_slots": 64, "preset": "default"},
+    "lm2": {"num_slots": 64},
     "rmt": {"num_tokens": 16},
-}
-"""Settings where the defaults are those of a large model."""
-LEFT_OUT = ("lm2-reference",)
-"""Reads whole segments as long as the host is wide."""
+    "armt": {"num_tokens": 16},
+    "transformer-xl": {"memory_lengths": 128},
+    "memoryllm": {"new_states": 32, "blocks": 8},
+    "ahn": {"num_sinks": 16},
+    "deltanet": {"num_heads": 4},
+    "gated-deltanet": {"num_heads": 4},
+    "pkm": {"num_keys": 128, "key_dim": 128},
+    "memory-layers-at-scale": {"num_keys": 128},
+    "memory-decoder": {"model": {
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }},
+    **{f"titans {form}": {"form": form} for form in ("lmm", "mac", "mag", "mal")},
+    "titans lmm, one block": {"form": "lmm", "place": "side", "memory_layers": (1,)},
+    "deltanet, one block": {"num_heads": 4, "memory_layers": (1,)},
+}  # fmt: skip
+"""Settings where the defaults are those of a large model, by name (and what else tells them apart)."""
+LEFT_OUT = ("lm2-reference", "titans")
+"""Not measured by its name alone: reads whole segments as long as the host is wide; has four forms."""
+
+
+def default_names() -> list[str]:
+    extra = [n for n in OPTIONS if n not in mnemic.memory_names()]
+    return [n for n in mnemic.memory_names() if n not in LEFT_OUT] + extra
+
+
+def options_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Settings of a contender; RETRO gets a small database of random text."""
+    if name != "retro":
+        return OPTIONS.get(name, {})
+    from mnemic.memories.knowledge.retro import build_database
+
+    generator = torch.Generator().manual_seed(2)
+    texts = torch.randint(VOCABULARY, (64, 1024), generator=generator).tolist()
+    database = Path(arguments.folder) / "database"
+    build_database(database, texts, 64, progress=False)
+    return {"database": str(database)}
 
 
 def build(name: str, arguments: argparse.Namespace) -> Any:
@@ -62,7 +97,8 @@ def build(name: str, arguments: argparse.Namespace) -> Any:
     host = AutoModelForCausalLM.from_config(config).to(arguments.device)
     if name == "host" or name.startswith("peer: "):
         return host
-    return mnemic.attach(host, name, segment=arguments.segment, **OPTIONS.get(name, {"preset": "default"}))
+    memory = re.split("[ ,]", name)[0]
+    return mnemic.attach(host, memory, segment=arguments.segment, preset="default", **options_of(name, arguments))
 
 
 def workloads(name: str, arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
@@ -73,6 +109,20 @@ def workloads(name: str, arguments: argparse.Namespace) -> dict[str, Callable[[]
     if name.startswith("peer: "):
         step = peers.train_step(name.removeprefix("peer: "), model, ids, VOCABULARY, arguments.segment)
         return {"train": step}
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def without_gradients(work: Callable[[], None]) -> Callable[[], None]:
+        @torch.no_grad()
+        def run() -> None:
+            # The counter of operations hangs hooks on every input that needs a gradient, also where none is made.
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            work()
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+        return run
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     steps = arguments.segment * 3 // 4
 
@@ -82,12 +132,12 @@ def workloads(name: str, arguments: argparse.Namespace) -> dict[str, Callable[[]
         optimizer.step()
         optimizer.zero_grad()
 
-    @torch.no_grad()
+    @without_gradients
     def prefill() -> None:
         model.eval()
         model(ids, use_cache=True, logits_to_keep=1)
 
-    @torch.no_grad()
+    @without_gradients
     def decode() -> None:
         model.eval()
         cache = None
@@ -114,7 +164,7 @@ def seconds(work: Callable[[], None], device: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memories", nargs="+", default=[n for n in mnemic.memory_names() if n not in LEFT_OUT])
+    parser.add_argument("--memories", nargs="+", default=default_names())
     for name, default in (
         ("width", 256), ("layers", 4), ("batch", 4), ("segment", 128), ("segments", 4), ("rounds", 7),
         ("threads", 2),
@@ -124,7 +174,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/bench.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory(prefix="mnemic-bench-") as arguments.folder:
+        measure(arguments)
 
+
+def measure(arguments: argparse.Namespace) -> None:
     names = ["host", *arguments.memories]
     names += [f"peer: {name}" for name in peers.available()]
     works = {name: workloads(name, arguments) for name in names}
@@ -154,7 +208,7 @@ def main() -> None:
             table.add_row(name, kind, f"{ratio:.2f}", f"{counted:.2f}", f"{ratio / counted:.2f}", f"{host:.4f}")
     Console().print(table)
     record = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "settings": {k: v for k, v in vars(arguments).items() if k not in ("folder", "output")},
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -15,8 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import mnemic
-from mnemic.core import memory_class
-from mnemic.hosts.sites import AttentionSite
 from tests.tiny import HOSTS, random_ids, tiny_host
 
 SEGMENT = 8
@@ -66,6 +64,10 @@ class Case:
             pytest.skip(f"{rule}: {reason}")
 
     def attach(self, host: Any, segment: int = SEGMENT) -> Any:
+        if self.memory == "stack":
+            return mnemic.attach(
+                host, [mnemic.memory_config(n, **o) for n, o in self.options["memories"]], segment=segment
+            )
         return mnemic.attach(host, self.memory, segment=segment, **self.options)
 
 
@@ -75,8 +77,20 @@ FIRST = ("lm2", "none", "rmt", "window")
 FEW_HOSTS = ("llama", "gpt2", "gemma2")
 
 
+def _first(name: str) -> tuple[str, dict[str, Any]]:
+    settings = importlib.import_module(f"tests.contract.variants.{name.replace('-', '_')}")
+    return name, next(iter(settings.VARIANTS.values()))
+
+
+STACKS = {
+    "stack_lm2_memorizing_pkm": [_first("lm2"), _first("memorizing-transformers"), _first("pkm")],
+    "stack_armt_memory_decoder": [_first("armt"), _first("memory-decoder")],
+}
+
+
 def _cases() -> list[Case]:
-    """Every memory in the settings of `variants/<name>.py`: VARIANTS, id -> options, and HOSTS where not all."""
+    """Every memory in the settings of `variants/<name>.py`: VARIANTS, id -> options, and HOSTS where not all, for every
+    variant or by its id."""
     found = []
     for name in mnemic.memory_names():
         if name in EXCLUDED:
@@ -88,8 +102,16 @@ def _cases() -> list[Case]:
                 raise
             settings = None
         variants = getattr(settings, "VARIANTS", {name.replace("-", "_"): {}})
-        hosts = getattr(settings, "HOSTS", tuple(HOSTS))
-        found += [Case(id, name, options, i == 0, hosts) for i, (id, options) in enumerate(variants.items())]
+        given = getattr(settings, "HOSTS", tuple(HOSTS))
+        hosts = given if isinstance(given, dict) else dict.fromkeys(variants, given)
+        found += [
+            Case(id, name, options, i == 0, hosts.get(id, tuple(HOSTS)))
+            for i, (id, options) in enumerate(variants.items())
+        ]
+    for id, parts in STACKS.items():
+        hosts = [c.hosts for c in found if (c.memory, c.options) in parts]
+        shared = tuple(h for h in HOSTS if all(h in some for some in hosts))
+        found.append(Case(id, "stack", {"memories": parts}, True, shared))
     return found
 
 
@@ -140,21 +162,14 @@ def attached(case: Case, host: str = "llama") -> Any:
 
 
 def declares(case: Case) -> Any:
-    """The class of the case's memory, with the abilities it declares."""
-    return memory_class(case.memory)
+    """The case's memory, with the abilities it declares."""
+    return attached(case).memory
 
 
 def unused_parameters(model: Any) -> set[str]:
-    """Names of the weights of attentions that a memory stands in the place of."""
-    memory = model.memory
-    replaced = {layer for site, layer in memory.claims if site == "attention"} if memory.uses("mixer") else set()
-    found = {
-        id(p)
-        for s in model.mnemic.sites
-        if type(s) is AttentionSite and s.layer in replaced
-        for p in s.module.parameters()
-    }
-    return {name for name, p in model.named_parameters() if id(p) in found}
+    """Names of the host's weights that a memory stands in the place of."""
+    replaced = {id(p) for p, _ in model.mnemic.replaced}
+    return {name for name, p in model.named_parameters() if id(p) in replaced}
 
 
 def parallel(model: Any, ids: Tensor, **inputs: Any) -> Any:
@@ -177,9 +192,11 @@ def chunked(model: Any, ids: Tensor, chunks: list[int], mask: Tensor | None = No
 
 
 def assert_states_close(got: Any, expected: Any, atol: float = 1e-4) -> None:
+    """atol: for tensors of entries up to 1; where they are larger, so is the rounding of what was summed from them."""
     assert set(got) == set(expected)
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        within = atol * max(1.0, float(tensor.detach().float().abs().max())) if tensor.numel() else atol
+        torch.testing.assert_close(got[name], tensor, atol=within, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def checkpointing(model: Any, enabled: bool = True, **options: Any) -> None:

@@ -42,12 +42,14 @@ def test_no_token_reaches_back_through_a_cache(case, host):
 @pairs()
 def test_the_past_beyond_the_segment_is_remembered(case, host):
     """A token of the first segment is felt two segments later by a memory, and not at all without one."""
+    case.needs("memory across segments")
     model = attached(case, host)
     ids = random_ids(1, LENGTH)
     logits = parallel(model, torch.cat([ids, _changed(ids, 3)])).logits
     later = (logits[1] - logits[0])[2 * SEGMENT + 1 :].abs().max()
     if case.kind == "stateless":
-        assert later == 0
+        # Rows side by side may round differently.
+        assert later < 1e-6
     elif case.segmented:
         assert later > 1e-5
 

@@ -52,6 +52,7 @@ def test_random_chunks_of_a_long_sequence(case, host, seed):
 
 @pairs(usual_hosts=("llama", "gpt2"))
 def test_embeddings_instead_of_ids(case, host):
+    case.needs("input embeddings")
     model = attached(case, host)
     ids = random_ids(2, LENGTH)
     whole = parallel(model, ids)

@@ -4,16 +4,26 @@ import pytest
 import torch
 
 import mnemic
-from tests.contract.cases import FIRST, LENGTH, SEGMENT, build, case, pairs, parallel, plain_segments, random_ids
+from tests.contract.cases import (
+    FIRST,
+    LENGTH,
+    SEGMENT,
+    attached,
+    build,
+    case,
+    pairs,
+    parallel,
+    plain_segments,
+    random_ids,
+)
 from tests.tiny import HOSTS, tiny_host
 
 
 def _fresh(case, host, **options):
     """A freshly attached model, where the memory says that it is the identity."""
-    model = build(case, host, noise=0, **options)
-    if not model.memory.identity_at_attach:
+    if not attached(case).memory.identity_at_attach:
         pytest.skip("does not start as the identity")
-    return model
+    return build(case, host, noise=0, **options)
 
 
 def _assert_host(case, got, expected):

@@ -22,7 +22,7 @@ def test_the_formula_counts_the_numbers_of_a_state(name):
     options = {f.name: getattr(memory.config, f.name) for f in dataclasses.fields(memory.config)}
     names = {
         "L": host.num_layers, "d": host.hidden_size, "H": host.num_heads, "Hkv": host.num_key_value_heads,
-        "e": host.head_dim, "T": 16, **options,
+        "e": host.head_dim, "T": 16, "len": len, **options,
     }  # fmt: skip
     formula = memory_class(name).state_size
     expected = eval(formula, {"__builtins__": {}}, names)

@@ -105,3 +105,18 @@ def test_refuses_what_it_cannot_normalise():
         ours(x, real[..., None])
     ours.eval()
     assert torch.equal(ours(x, torch.zeros_like(real)), torch.zeros_like(x))
+
+
+def test_a_batch_that_is_not_tracked_moves_no_statistics():
+    make = torch.Generator().manual_seed(0)
+    norm = MaskedBatchNorm(3, dtype=torch.float64)
+    x = torch.randn(2, 5, 3, generator=make, dtype=torch.float64)
+    real = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    for mask in (None, real):
+        expected = norm(x, mask)
+        before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+        assert torch.equal(norm(x, mask, track=False), expected)
+        assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+    assert norm.num_batches_tracked == 2
+    norm.eval()
+    assert torch.equal(norm(x, track=False), norm(x))

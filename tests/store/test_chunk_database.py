@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mnemic.core import ConfigError, FileFormatError, InputError, MissingExtraError, StateError
-from mnemic.store import ChunkDatabase, build, build_index, chunk_database, open_database, overlap
+from mnemic.store import ChunkDatabase, build, build_index, chunk_search, headers, open_database, overlap
 
 M, WIDTH = 4, 6
 
@@ -82,7 +82,7 @@ def test_exact_search_equals_sorting_all_distances(database, n, k, exclude, scor
     queries[0] = database.keys[seed % len(database)]
     excluded = torch.randint(-1, 30, (n,), generator=make) if exclude else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunk_database, "_SCORES", scores)
+        patch.setattr(chunk_search, "_SCORES", scores)
         indices, distances = database.search(queries, k, excluded)
     assert (indices.shape, distances.shape) == ((n, k), (n, k))
     for row in range(n):
@@ -101,7 +101,7 @@ def test_exact_search_equals_sorting_all_distances(database, n, k, exclude, scor
 @pytest.mark.parametrize("columns", [10, 640, 1000, 6401])
 def test_the_selection_by_groups_is_exact(columns):
     scores = torch.randn(3, columns, generator=torch.Generator().manual_seed(columns))
-    values, at = chunk_database._smallest(scores, 4)
+    values, at = chunk_search._smallest(scores, 4)
     torch.testing.assert_close(values, scores.topk(4, largest=False).values, rtol=0, atol=0)
     assert torch.equal(scores.gather(1, at), values)
 
@@ -271,10 +271,10 @@ def test_foreign_and_newer_headers_are_refused(tmp_path, monkeypatch):
         (folder / "header.json").write_text(text)
         with pytest.raises(FileFormatError, match=r"header\.json is damaged"):
             open_database(folder)
-    (folder / "header.json").write_text(chunk_database._header_text("cookbook", {}))
+    (folder / "header.json").write_text(headers.header_text("cookbook", {}))
     with pytest.raises(FileFormatError, match="header of a cookbook"):
         open_database(folder)
-    monkeypatch.setattr(chunk_database, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(headers, "FORMAT_VERSION", 2)
     newer = made(tmp_path / "newer").folder
     monkeypatch.undo()
     with pytest.raises(FileFormatError, match="format version 2"):

@@ -1,5 +1,6 @@
 """Distillation: what the trainer computes, and a toy domain that a small memory must help two hosts with."""
 
+import copy
 import random
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Tra
 import mnemic
 from mnemic.ops.mixture import mix_logits
 from mnemic.training import Collator, listed_tokenizer, word_tokenizer
+from mnemic.training.companion import attach_companion, tune_alpha
 from mnemic.training.distillation import DistillationTrainer, TargetCollator, distil
 from mnemic.training.neighbour_targets import NeighbourTargets
 from tests.tiny import random_ids, tiny_host
@@ -85,6 +87,20 @@ def perplexity(base: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor], alpha
     return float(torch.nn.functional.cross_entropy(mixed, base[1]).exp())
 
 
+def plugged_in(
+    base: PreTrainedModel, memory: PreTrainedModel, valid: list[list[int]], test: list[list[int]]
+) -> tuple[float, float, float]:
+    """The tuned alpha, and the perplexity of `test` by the host alone and with the memory attached."""
+    batches: list[Any] = [Collator()([{"input_ids": d, "labels": d} for d in docs]) for docs in (valid, test)]
+    model = attach_companion(copy.deepcopy(base), memory, segment=32)
+    alpha, found = tune_alpha(model, batches[:1]), []
+    for weight in (0.0, alpha):
+        model.memory.config = model.memory.config.replace(alpha=weight)
+        with torch.no_grad():
+            found.append(float(model(**batches[1], use_cache=False).loss.exp()))
+    return alpha, found[0], found[1]
+
+
 @pytest.mark.slow
 def test_a_memory_learns_a_domain_and_helps_hosts_of_two_widths(tmp_path):
     learn, valid, test = domain_text()
@@ -114,6 +130,10 @@ def test_a_memory_learns_a_domain_and_helps_hosts_of_two_widths(tmp_path):
     }  # fmt: skip
     seen = {w: {name: predictions(base, t) for name, t in texts.items()} for w, base in bases.items()}
     recalled = {b: {name: predictions(memory, t) for name, t in texts.items()} for b, memory in memories.items()}
+    for width, base in bases.items():
+        improved = plugged_in(base, memories[0.5], texts["valid"], texts["test"])
+        print(f"width {width}, plugged in: alpha {improved[0]:.2f}, domain {improved[1]:.2f} -> {improved[2]:.2f}")
+        assert improved[2] < 0.8 * improved[1]
     alphas = [i / 20 for i in range(20)]
     for width, beta in product(seen, recalled):
         table = {n: [perplexity(seen[width][n], recalled[beta][n], a) for a in alphas] for n in texts}

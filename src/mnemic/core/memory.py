@@ -191,6 +191,8 @@ class Memory(nn.Module):
         reorderable: rows of its state may change places, so beam search may use it.
         batch_safe: rows may be read side by side.
         whole_segments: each call brings complete segments for every row; no decoding token by token.
+        masked_commits: where some rows commit and others do not, `commit` gets all of them and a mask, and takes a row
+            without real tokens as it is; by default it gets copies of the rows that commit.
         write_pass: a complete segment runs through the host a second time, with `Step.writing` set, before `commit`.
         limits: rules of the contract that it does not hold -> why, for tables; {} for nearly all.
     """
@@ -204,6 +206,7 @@ class Memory(nn.Module):
     batch_safe: ClassVar[bool] = True
     constant_size: ClassVar[bool] = True
     whole_segments: ClassVar[bool] = False
+    masked_commits: ClassVar[bool] = False
     write_pass: bool = False
     limits: ClassVar[Mapping[str, str]] = {}
 

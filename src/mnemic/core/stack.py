@@ -76,8 +76,16 @@ class Stack(Memory):
         return all(m.batch_safe for m in self.members.values())
 
     @property
+    def limits(self) -> Mapping[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return {rule: f"{n}: {reason}" for n, m in self.members.items() for rule, reason in m.limits.items()}
+
+    @property
     def whole_segments(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return any(m.whole_segments for m in self.members.values())
+
+    @property
+    def masked_commits(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(m.masked_commits for m in self.members.values() if m.uses("commit"))
 
     @property
     def companion(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -80,8 +80,10 @@ class State(Mapping[str, Tensor]):
 
     def detach(self, rows: Tensor | None = None) -> "State":
         """Cut from the autograd graph: every row, or those set in the boolean mask (B,)."""
-        detached = self.map(Tensor.detach)
-        return detached if rows is None else self.where(rows, detached)
+        # Tensors outside the graph stay the objects they are: a large store must not be copied for it.
+        inside = State({name: t for name, t in self.items() if t.requires_grad})
+        detached = inside.map(Tensor.detach)
+        return State({**self, **(detached if rows is None else inside.where(rows, detached))})
 
     def to(self, *args, **kwargs) -> "State":
         """As `Tensor.to`, floating-point tensors only change dtype."""

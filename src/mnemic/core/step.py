@@ -30,6 +30,15 @@ class Host(Protocol):
         """What stands before the attention of layer `layer`: residual stream in, input of the attention out."""
         ...
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows (..., d) of the host's table of token embeddings for ids (...), without positions or scaling."""
+        ...
+
+    def span(self, layer: int) -> tuple[str, int] | None:
+        """How far layer `layer` of the host sees by itself: ("sliding_attention", tokens, its own counted),
+        ("chunked_attention", tokens), or None for no limit."""
+        ...
+
 
 class Columns(Protocol):
     """Features kept for every token of the open segment beside its keys and values."""
@@ -47,7 +56,8 @@ class Frame:
     real: (B, T) bool, the tokens that are text of a row that takes them; None where all are.
     places: (B or 1, T) int64, each token's number in its stream, -1 for memory tokens. key_places: (B or 1, K), those
     of the visible keys, -1 for unused columns; None where keys and tokens are the same.
-    num_read, num_write: memory tokens in front of and behind the text.
+    num_read, num_write: memory tokens in front of and behind the text. window: tokens in sight of a continuous memory.
+    first: host position of a segment's first text token, behind what memories keep free before it.
     columns: the open segment's store of features; None where nothing is kept from call to call.
     buffers: tensors (B, ...) that the stream owns and the memory may change in place; None where there is no stream.
     writing: this is the second pass of a memory with `write_pass`. diagnosing: `Memory.diagnostics` will be asked.
@@ -65,6 +75,8 @@ class Frame:
     key_places: Tensor | None = None
     num_read: int = 0
     num_write: int = 0
+    window: int = 0
+    first: int = 0
     columns: Columns | None = None
     buffers: MutableMapping[str, Tensor] | None = None
     writing: bool = False
@@ -135,6 +147,16 @@ class Step:
     @property
     def num_write(self) -> int:
         return self.frame.num_write
+
+    @property
+    def window(self) -> int:
+        """With `Memory.continuous`: how many of the last tokens a token sees, itself counted and sinks not."""
+        return self.frame.window
+
+    @property
+    def first(self) -> int:
+        """Host position of a segment's first text token; 0 with `Memory.continuous`."""
+        return self.frame.first
 
     @property
     def streaming(self) -> bool:

@@ -21,7 +21,7 @@ from .anatomy import Anatomy, attention_of, examine, host_spec
 from .attention import NAMES, HostAccess, find_norms, switch
 from .host import MemoryHost
 from .layout import Layout, host_spans
-from .sites import LastHiddenHook, install_sites, remove_sites
+from .sites import LastHiddenHook, install_sites, remove_sites, replaced_modules
 from .steps import Attachment
 
 DEFAULT_SEGMENT = 512
@@ -91,6 +91,8 @@ def detach(model: Any) -> Any:
     for hook in attached.hooks:
         hook.remove()
     remove_sites(attached.sites)
+    for parameter, trained in attached.replaced:
+        parameter.requires_grad_(trained)
     switch(base, attached.access.attentions, {NAMES[attached.backend]: attached.backend})
     base.__class__ = base.mnemic.host_class
     del base.memory, base.mnemic
@@ -121,21 +123,32 @@ def add_lora(model: Any, config: Any) -> Any:
 
 
 def freeze_host(model: Any, frozen: bool = True) -> Any:
-    """Train the memory only (or everything again). LoRA weights keep their flags."""
+    """Train the memory only (or everything again). LoRA weights keep their flags; replaced weights stay frozen."""
+    replaced = _replaced(model)
     for name, parameter in base_model(model).named_parameters():
-        if not name.startswith("memory.") and "lora_" not in name:
+        if not name.startswith("memory.") and "lora_" not in name and id(parameter) not in replaced:
             parameter.requires_grad_(not frozen)
     return model
 
 
 def parameter_report(model: Any) -> dict[str, dict[str, int]]:
-    """Numbers of parameters: {"host" | "memory" | "lora": {"total", "trainable"}}."""
-    report = {part: {"total": 0, "trainable": 0} for part in ("host", "memory", "lora")}
+    """Numbers of parameters: {"host" | "memory" | "lora" | "replaced": {"total", "trainable"}}.
+
+    "replaced" are the host's weights that a memory stands in the place of; they take no part.
+    """
+    report = {part: {"total": 0, "trainable": 0} for part in ("host", "memory", "lora", "replaced")}
+    replaced = _replaced(model)
     for name, parameter in base_model(model).named_parameters():
         part = "memory" if name.startswith("memory.") else "lora" if "lora_" in name else "host"
+        part = "replaced" if id(parameter) in replaced else part
         report[part]["total"] += parameter.numel()
         report[part]["trainable"] += parameter.numel() if parameter.requires_grad else 0
     return report
+
+
+def _replaced(model: Any) -> set[int]:
+    base = base_model(model)
+    return {id(p) for p, _ in base.mnemic.replaced} if is_attached(base) else set()
 
 
 def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: int | None) -> None:
@@ -148,6 +161,7 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
     inside = memory.uses("attention") or memory.uses("keys_values")
     attentions = [attention_of(name, block) for block in anatomy.layers] if "attention" in memory.sites else []
     access = HostAccess(anatomy.stack, attentions)
+    access.spans, access.embeddings = host_spans(base.config), base.get_input_embeddings()
     if inside:
         access.norms = find_norms(anatomy.layers, attentions, lambda: _run_once(base))
     sites = install_sites(name, memory, anatomy)
@@ -163,15 +177,18 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
         host_class=host_class,
         layout=layout,
         stack=anatomy.stack,
-        spans=host_spans(base.config),
+        spans=access.spans,
         companion_spans=_companion_spans(memory, layout),
         backend=backend,
         access=access,
         max_positions=anatomy.max_positions,
         position_table=anatomy.position_table,
         sites=sites,
+        replaced=[(p, p.requires_grad) for m in replaced_modules(memory, sites) for p in m.parameters()],
         hooks=hooks,
     )
+    for parameter, _ in attached.mnemic.replaced:
+        parameter.requires_grad_(False)
     # The subclass keeps the host's name: configs and checkpoints record it.
     base.__class__ = type(host_class.__name__, (MemoryHost, host_class), {"__module__": host_class.__module__})
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -113,6 +114,8 @@ class HostAccess:
         self.rotary_module = next((m for n, m in stack.named_children() if "rotary" in n), None)
         self.layer_types = getattr(getattr(stack, "config", None), "layer_types", None)
         self.norms: dict[int, nn.Module | None] = {}
+        self.embeddings: nn.Module | None = None
+        self.spans: dict[str, tuple[str, int] | None] = {"": None}
 
     def rotary(self, places: Tensor, layer: int) -> tuple[Tensor, Tensor] | None:
         if self.rotary_module is None:
@@ -142,6 +145,14 @@ class HostAccess:
     def normalise(self, hidden: Tensor, layer: int) -> Tensor:
         norm = self.norms[layer]
         return hidden if norm is None else norm(hidden)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        assert isinstance(self.embeddings, nn.Module)
+        # Not by calling the module: some hosts scale in there, and hooks on it would fire.
+        return functional.embedding(ids, self.embeddings.get_parameter("weight"))
+
+    def span(self, layer: int) -> tuple[str, int] | None:
+        return self.spans["" if "" in self.spans or not self.layer_types else self.layer_types[layer]]
 
 
 def find_norms(blocks: tuple[nn.Module, ...], attentions: list[nn.Module], run: Callable[[], Any]) -> dict:

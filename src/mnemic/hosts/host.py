@@ -156,11 +156,17 @@ class MemoryHost(MemorySteps):
         if bool(piece.done.any()) and not layout.continuous:
             rows = piece.done.nonzero().squeeze(1)
             everyone = bool(piece.done.all())
+            if not everyone and self.memory.masked_commits and not self.memory.write_pass:
+                # Rows that do not commit are masked out, and no row's state is copied.
+                real = piece.done[:, None].expand(-1, layout.every).to(self.device)
+                segment, everyone = replace(segment, mask=real), True
             before = cache.state if everyone else cache.state.select(rows)
             segment = segment if everyone else _rows_of(segment, rows)
             if self.memory.write_pass:
                 assert segment.start is not None
-                trace = self._write_pass(before, segment.trace[-1]["embeddings"], segment.start)
+                assert cache.reads is not None
+                reads = cache.reads if everyone else cache.reads.select(rows)
+                trace = self._write_pass(before, reads, segment.trace[-1]["embeddings"], segment.start)
                 segment = replace(segment, trace={**segment.trace, **trace})
             after = self.memory.commit(before, segment)
             if found is not None:
@@ -177,20 +183,17 @@ class MemoryHost(MemorySteps):
 
     def _slide(self, cache: MemoryCache, layout: Layout, ended: Tensor) -> None:
         """What was kept of the last tokens becomes the window of the next segment; the first tokens become sinks."""
-        rows = ended.nonzero().squeeze(1)
+        rows, first, before = ended.nonzero().squeeze(1), layout.sinks, cache.seen - layout.segment
+        # A token becomes a sink when it leaves the window; `before` counts the tokens before the ended segment.
+        sinks, left = torch.arange(layout.sinks), cache.seen[:, None] - layout.window
+        leaving = ended[:, None] & (sinks < left) & (sinks >= left - layout.segment)
+        row, sink = leaving.nonzero(as_tuple=True)
+        source = layout.text + sink - before[row]
         stored = [t for kv in cache.keys_values.values() for t in (kv.keys, kv.values)] + [*cache.features.values()]
         for tensor in stored:
-            here = rows.to(tensor.device)
-            for sink in range(layout.sinks):
-                # A sink is filled when its token leaves the window; `seen` counts the segment that has just ended.
-                leaves = (
-                    (cache.seen - layout.window > sink) & (cache.seen - layout.segment - layout.window <= sink) & ended
-                )
-                if bool(leaves.any()):
-                    from_column = layout.text + sink - (cache.seen[leaves] - layout.segment)
-                    where = leaves.nonzero().squeeze(1)
-                    tensor[where, sink] = tensor[where, from_column]
-            first = layout.sinks
+            here, r, s, c = (index.to(tensor.device) for index in (rows, row, sink, source))
+            if len(r):
+                tensor[r, s] = tensor[r, c]
             tensor[here, first : first + layout.window] = tensor[
                 here, first + layout.segment : first + layout.segment + layout.window
             ]

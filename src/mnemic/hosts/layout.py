@@ -22,8 +22,8 @@ SUPPORTED_PATTERNS = ("full_attention", "sliding_attention", "chunked_attention"
 class Layout:
     """segment: tokens T of a segment; every: tokens between commits; sinks, window, read, write: columns of each kind.
 
-    continuous: no segments; a token sees the last `window` tokens and the first `sinks` of its stream. offset: host
-    positions left free before each segment. own: the host keeps no keys and values.
+    continuous: no segments; a token sees the last `window` tokens and the first `sinks` of its stream, where the host's
+    own layers see as far. offset: host positions left free before each segment. own: the host keeps no keys and values.
     """
 
     segment: int
@@ -90,10 +90,14 @@ class Layout:
             seen = seen & ((near | (place < self.sinks)) & (place >= 0) | (q == k))
         if host_span is not None:
             kind, size = host_span
-            shift = 0 if origin is None or not self.window else (origin - self.text)[:, None, None]
-            near = q - k < size if kind == "sliding_attention" else (q + shift) // size == (k + shift) // size
-            # The memory is always in sight, however narrow the host's own layers look.
-            seen = seen & (near | (k < self.text) & (k >= self.sinks + self.window) | (k < self.sinks))
+            at, of = q, k
+            if self.window:
+                # A sink stands farther away than its column, and no farther than the host sees.
+                assert origin is not None
+                at, of = self.places(queries, origin)[:, :, None], self.places(keys, origin)[:, None, :]
+            near = at - of < size if kind == "sliding_attention" else at // size == of // size
+            # Memory tokens are always in sight, however narrow the host's own layers look.
+            seen = seen & (near | (k < self.text) & (k >= self.sinks + self.window))
         if self.bidirectional:
             last = self.text + self.segment
             both_read = (q < self.text) & (k < self.text)

@@ -165,6 +165,13 @@ def install_sites(host: str, memory: Memory, anatomy: Anatomy) -> list[Site]:
     return sites
 
 
+def replaced_modules(memory: Memory, sites: Sequence[Site]) -> list[nn.Module]:
+    """Modules of the host that a memory stands in the place of: their own `forward` never runs."""
+    taken = {(site, layer) for site, layer in memory.claims if site == "feed_forward" or memory.uses("mixer")}
+    kinds = {AttentionSite: "attention", FeedForwardSite: "feed_forward"}
+    return [s.module for s in sites if (kinds.get(type(s)), s.layer) in taken]
+
+
 def remove_sites(sites: Sequence[Site]) -> None:
     """Give the modules their own `forward` back."""
     for site in sites:

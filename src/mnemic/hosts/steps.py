@@ -32,7 +32,8 @@ class Attachment:
     """What attaching added to a model besides the memory itself.
 
     stack: the module that runs the blocks. spans: see `layout.host_spans`; companion_spans: those of the memory's
-    second model. backend: the attention implementation that the host was given. access: what memories may ask of the host.
+    second model. backend: the attention implementation that the host had. access: what memories may ask of the host.
+    replaced: weights that the memory stands in the place of, frozen, and whether they were trained before.
     """
 
     host_class: type
@@ -45,6 +46,7 @@ class Attachment:
     max_positions: int | None
     position_table: bool
     sites: list[Site]
+    replaced: list[tuple[nn.Parameter, bool]]
     hooks: list[RemovableHandle]
     step: Callable | None = None
 
@@ -97,7 +99,14 @@ class View:
     def frame(self, memory: Memory, **given: Any) -> Frame:
         """The step's frame, with the tokens' places where the memory takes part inside the blocks."""
         layout, piece = self.layout, self.piece
-        frame = Frame(memory, num_read=layout.read * piece.read, num_write=layout.write * piece.write, **given)
+        frame = Frame(
+            memory,
+            num_read=layout.read * piece.read,
+            num_write=layout.write * piece.write,
+            window=layout.window,
+            first=0 if layout.continuous else layout.offset + layout.text,
+            **given,
+        )
         if memory.sites - {"tokens"}:
             frame.places = layout.places(self.columns, self.origin)
             if not piece.fresh and not layout.own:
@@ -269,13 +278,11 @@ class MemorySteps(MemoryGeneration):
                 ).logits
         return None if logits is None else self.memory.logits(logits, frame.at(-1))
 
-    def _write_pass(self, state: State, embeddings: Tensor, start: Tensor) -> dict[int, Trace]:
-        """What the memory keeps when the segment runs a second time, for writing."""
+    def _write_pass(self, state: State, reads: State, embeddings: Tensor, start: Tensor) -> dict[int, Trace]:
+        """What the memory keeps when the segment runs a second time, for writing; reads: `Memory.prepare` of state."""
         given = self.memory.write_input(state, embeddings)
         count = torch.arange(given.shape[1], device=given.device)[None]
-        frame = Frame(
-            self.memory, state, self._prepared(state), host=self.mnemic.access, writing=True, training=self.training
-        )
+        frame = Frame(self.memory, state, reads, host=self.mnemic.access, writing=True, training=self.training)
         frame.places = start[:, None] + count - (given.shape[1] - embeddings.shape[1])
         positions = count + (self.memory.first_position(writing=True) if self.memory.host.rotary else 0)
         with running(frame):

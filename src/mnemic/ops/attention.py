@@ -31,7 +31,12 @@ def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | Tensor = 1.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention and its log-sum-exp.
 
@@ -39,6 +44,7 @@ def attend(
         q: (B, H, T, e). k, v: (B or 1, Hkv, K, e); v may have another width.
         mask: as in the module's docstring; None: every key is visible.
         scale: multiplies q.k; a tensor broadcastable to (B, H, T, e) for a learned one.
+        softcap: bounds the scores s before the mask, as softcap tanh(s / softcap).
 
     Returns: out (B, H, T, width of v) in q's dtype, lse (B, H, T) float32 or wider.
     """
@@ -48,26 +54,31 @@ def attend(
         return q.new_zeros(batch, heads, queries, v.shape[-1]), _wide(q).new_full(q.shape[:3], float("-inf"))
     # Heads of one group become more queries of their key head: no copy of the keys.
     grouped = _to_groups(q * scale, k.shape[1])
-    scores = _wide(grouped @ k.transpose(-1, -2)).view(batch, heads, queries, keys)
+    scores = _capped(_wide(grouped @ k.transpose(-1, -2)).view(batch, heads, queries, keys), softcap)
     weights, total, lse = _softmax_parts(scores, mask)
     out = _to_groups(weights.to(v.dtype), k.shape[1]) @ v
     return (out.view(batch, heads, queries, -1) / total).to(q.dtype), lse
 
 
 def attend_selected(
-    q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scale: float | Tensor = 1.0
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor,
+    scale: float | Tensor = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend` where each query has keys of its own, as a search returns them.
 
     Args:
         q: (B, H, T, e). keys, values: (B, H, T, k, e). valid: (B, H, T, k) bool, False for missing entries.
-        scale: as in `attend`.
+        scale, softcap: as in `attend`.
 
     Returns: out (B, H, T, e), lse (B, H, T).
     """
     if keys.shape[-2] == 0:
         return q.new_zeros(*q.shape[:3], values.shape[-1]), _wide(q).new_full(q.shape[:3], float("-inf"))
-    scores = _wide((keys @ (q * scale)[..., None]).squeeze(-1))
+    scores = _capped(_wide((keys @ (q * scale)[..., None]).squeeze(-1)), softcap)
     weights, total, lse = _softmax_parts(scores, valid)
     out = (weights.to(values.dtype)[..., None, :] @ values).squeeze(-2)
     return (out / total).to(q.dtype), lse
@@ -180,6 +191,10 @@ def _groups(num_heads: int, key_heads: int) -> int:
     if num_heads % key_heads:
         raise ValueError(f"The number of query heads must be a multiple of the key heads: {num_heads}, {key_heads}.")
     return num_heads // key_heads
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -76,12 +76,12 @@ def zero_dimension(x: Tensor, dim: int = -1) -> Tensor:
     return x
 
 
-def decisions(q: Tensor, k: Tensor, dim: int = -1) -> Decisions:
-    """Merge logits a = k[dim] - 5 and importances w = sigmoid(mean over the query group of q[dim] + 5) + eps.
+def decisions(q: Tensor, k: Tensor, dim: int = -1, offset: float = _OFFSET) -> Decisions:
+    """Merge logits a = k[dim] - offset and importances w = sigmoid(mean over the query group of q[dim] + 5) + eps.
 
     Args:
         q: (B, H, T, e), k: (B, Hkv, T, e), before rotation; query head h belongs to key head h // (H / Hkv).
-        dim: which dimension of e decides.
+        dim: which dimension of e decides. offset: how far from merging a dimension of 0 is, 5 in the paper.
 
     Returns: `Decisions`; logits and weights are float32 or wider.
     """
@@ -89,7 +89,7 @@ def decisions(q: Tensor, k: Tensor, dim: int = -1) -> Decisions:
         raise ValueError(f"The number of query heads must be a multiple of the key heads: {q.shape[1]}, {k.shape[1]}.")
     groups = q.shape[1] // k.shape[1]
     weights = torch.sigmoid(_wide(q[..., dim]).unflatten(1, (k.shape[1], groups)).mean(2) + _OFFSET) + _EPS
-    return Decisions(zero_dimension(q, dim), zero_dimension(k, dim), _wide(k[..., dim]) - _OFFSET, weights)
+    return Decisions(zero_dimension(q, dim), zero_dimension(k, dim), _wide(k[..., dim]) - offset, weights)
 
 
 def hard(logits: Tensor) -> Tensor:

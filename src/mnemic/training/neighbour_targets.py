@@ -11,8 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -23,21 +22,17 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core.errors import ConfigError, FileFormatError, HostError, InputError, MissingExtraError, StateError
+from ..core.errors import ConfigError, HostError, InputError, StateError
 from ..hosts import is_attached
 from ..hosts.anatomy import examine
 from ..hosts.fingerprint import check_fingerprint, fingerprint
 from ..ops.mixture import sum_by_token
+from .neighbour_files import FORMAT_VERSION, checksum, crc32_of, read_header, write_array
+from .neighbour_search import QUERIES, Near, approximate, check_faiss, nearest
 
-FORMAT_VERSION = 1
 _FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-# Queries x keys of one block of distances: 64 MiB in float32.
-_QUERIES, _KEYS = 2048, 8192
-# The index of the papers: faiss wants 39 points a centroid, and has 256 centroids in each part of a key.
-_CENTROIDS, _PROBES, _POINTS, _PARTS = 4096, 32, 39, 64
 
 Search = Literal["exact", "faiss"]
-Near = Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class TargetExample(TypedDict):
@@ -95,8 +90,8 @@ class NeighbourTargets(Dataset):
         Args:
             folder: must not exist. model: the datastore model, without memory. documents: token ids of each.
             neighbours: k; all others in a smaller corpus; None to store keys and next tokens only.
-            search: exact, N^2 d multiplications on the model's device; or faiss, approximate (IVFPQ, 4096 centroids of
-                which 32 are probed), also in its distances, on the CPU.
+            search: exact, N^2 d multiplications on the model's device; or faiss, approximate (inverted lists), on the
+                CPU and in memory.
             batch_size: documents the model reads at once.
 
         Raises:
@@ -114,7 +109,7 @@ class NeighbourTargets(Dataset):
         if search not in ("exact", "faiss"):
             raise ConfigError(f"search is {search!r}; expected 'exact' or 'faiss'.")
         if search == "faiss":
-            _faiss()
+            check_faiss()
         _check_documents(model, tokenizer, documents)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +126,7 @@ class NeighbourTargets(Dataset):
                 _write_entries(room, header, model, documents, batch_size, bar)
                 if neighbours is not None:
                     _write_targets(room, header, cls(room, header), model.device, bar)
-            header["checksum"] = _checksum(header)
+            header["checksum"] = checksum(header)
             (room / "header.json").write_text(json.dumps(header))
             for path in room.iterdir():
                 with open(path, "rb+") as file:
@@ -156,32 +151,7 @@ class NeighbourTargets(Dataset):
         """
         folder = Path(folder)
         what = f"The neighbour targets in {folder}"
-        if not folder.is_dir():
-            raise FileFormatError(f"{folder} is no folder; expected one written by NeighbourTargets.build.")
-        if not (folder / "header.json").is_file():
-            raise FileFormatError(f"{folder} has no header.json: half written, or no neighbour targets; build it anew.")
-        try:
-            header = json.loads((folder / "header.json").read_text())
-            if header["kind"] != "neighbour targets":
-                raise FileFormatError(f"{folder} holds {header['kind']}; expected neighbour targets.")
-            version, intact = int(header["format_version"]), header.pop("checksum") == _checksum(header)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, FileFormatError):
-                raise
-            raise FileFormatError(f"{folder}/header.json is damaged or foreign ({error}); build it anew.") from error
-        if version > FORMAT_VERSION:
-            raise FileFormatError(f"{what} have format version {version}; this release reads up to {FORMAT_VERSION}.")
-        if not intact:
-            raise FileFormatError(f"{folder}/header.json is damaged: its checksum does not fit; build it anew.")
-        for name, array in header["arrays"].items():
-            path, size = folder / f"{name}.bin", int(np.prod(array["shape"])) * np.dtype(array["dtype"]).itemsize
-            found = path.stat().st_size if path.is_file() else 0
-            if found != size:
-                raise FileFormatError(
-                    f"{path} has {found:,} bytes of {size:,}: half written or damaged; build it anew."
-                )
-            if array["crc32"] is not None and array["crc32"] != _crc32(path):
-                raise FileFormatError(f"{path} is damaged: its checksum does not fit; build it anew.")
+        header = read_header(folder)
         if tokenizer is not None and tokenizer_fingerprint(tokenizer) != header["tokenizer"]:
             raise StateError(f"{what} were built with another tokenizer; all models must share one. Build them anew.")
         if model is not None:
@@ -216,36 +186,8 @@ class NeighbourTargets(Dataset):
         return {"input_ids": ids, "tokens": tokens, "probs": probs}
 
     def nearest(self, queries: Tensor, count: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The nearest keys, exactly up to rounding in float32.
-
-        Args:
-            queries: (Q, d), as `feed_forward_inputs` gives them. exclude: (Q,) int64, an entry that does not count.
-
-        Returns: squared distances (Q, c) float32, rising, and entries (Q, c) int64; c is count, or all that there are.
-        """
-        total = len(self.keys)
-        count = min(count, total - (exclude is not None))
-
-        def block(start: int) -> Tensor:
-            return torch.from_numpy(np.array(self.keys[start : start + _KEYS], dtype=np.float32)).to(queries.device)
-
-        # |q|^2 + |k|^2 - 2 qk cancels badly where all keys share a large component; distances do not need it.
-        shift = block(0).mean(0)
-        queries = queries.float() - shift
-        best = torch.empty(len(queries), 0, device=queries.device)
-        entries = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        for start in range(0, total, _KEYS):
-            keys = block(start) - shift
-            squares = queries.square().sum(-1, keepdim=True) + keys.square().sum(-1)
-            distances = torch.addmm(squares, queries, keys.T, alpha=-2)
-            if exclude is not None:
-                inside = ((exclude >= start) & (exclude < start + len(keys))).nonzero().squeeze(-1)
-                distances[inside, exclude[inside] - start] = float("inf")
-            near, at = distances.topk(min(count, len(keys)), largest=False)
-            best, entries = torch.cat([best, near], -1), torch.cat([entries, at + start], -1)
-            best, kept = best.topk(min(count, best.shape[-1]), largest=False)
-            entries = entries.gather(-1, kept)
-        return best.clamp_min(0), entries
+        """See `neighbour_search.nearest`; queries (Q, d) as `feed_forward_inputs` gives them."""
+        return nearest(self.keys, queries, count, exclude)
 
     def distribution(self, distances: Tensor, entries: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Softmax of -distance / temperature summed per next token, from `nearest`; tokens and probabilities (Q, c)."""
@@ -305,9 +247,9 @@ def _write_entries(
     room: Path, header: dict[str, Any], model: Any, documents: Sequence[Sequence[int]], batch_size: int, bar: Progress
 ) -> None:
     starts = np.cumsum([0, *(len(d) for d in documents)], dtype=np.int64)
-    _write(room, header, "ids", np.concatenate([np.asarray(d, dtype=np.int32) for d in documents]))
-    _write(room, header, "next_tokens", np.concatenate([np.asarray(d[1:], dtype=np.int32) for d in documents]))
-    _write(room, header, "starts", starts)
+    write_array(room, header, "ids", np.concatenate([np.asarray(d, dtype=np.int32) for d in documents]))
+    write_array(room, header, "next_tokens", np.concatenate([np.asarray(d[1:], dtype=np.int32) for d in documents]))
+    write_array(room, header, "starts", starts)
     total, width = int(starts[-1]) - len(documents), model.config.get_text_config(decoder=True).hidden_size
     dtype = np.float32 if model.dtype == torch.float32 else np.float16
     keys = np.memmap(room / "keys.bin", dtype=dtype, mode="w+", shape=(total, width))
@@ -338,16 +280,14 @@ def _write_entries(
 
 def _write_targets(room: Path, header: dict[str, Any], store: NeighbourTargets, device: Any, bar: Progress) -> None:
     total = len(store.keys)
-    near: Near = store.nearest if header["search"] == "exact" else _faiss_search(store)
+    near: Near = store.nearest if header["search"] == "exact" else approximate(store.keys)
     task = bar.add_task("neighbours", total=total)
     rows = np.zeros(total + 1, dtype=np.int64)
     with open(room / "tokens.bin", "wb") as token_file, open(room / "probs.bin", "wb") as prob_file:
-        for start in range(0, total, _QUERIES):
-            queries = torch.from_numpy(np.array(store.keys[start : start + _QUERIES], dtype=np.float32)).to(device)
+        for start in range(0, total, QUERIES):
+            queries = torch.from_numpy(np.array(store.keys[start : start + QUERIES], dtype=np.float32)).to(device)
             own = torch.arange(start, start + len(queries), device=device)
             tokens, probs = store.distribution(*near(queries, header["neighbours"], own), header["temperature"])
-            if not bool(probs.isfinite().all()):
-                raise ConfigError("faiss found no neighbour for some position; use search='exact'.")
             probs = probs.half()
             kept = probs > 0
             rows[start + 1 : start + 1 + len(queries)] = kept.sum(-1).cpu().numpy()
@@ -355,63 +295,7 @@ def _write_targets(room: Path, header: dict[str, Any], store: NeighbourTargets, 
             probs[kept].cpu().numpy().tofile(prob_file)
             bar.advance(task, len(queries))
     rows = rows.cumsum()
-    _write(room, header, "rows", rows)
+    write_array(room, header, "rows", rows)
     for name, dtype in (("tokens", "int32"), ("probs", "float16")):
-        crc32 = _crc32(room / f"{name}.bin")
+        crc32 = crc32_of(room / f"{name}.bin")
         header["arrays"][name] = {"dtype": dtype, "shape": [int(rows[-1])], "crc32": crc32}
-
-
-def _faiss() -> Any:
-    try:
-        import faiss  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise MissingExtraError("search='faiss' needs faiss: pip install 'mnemic[knn]'.") from None
-    return faiss
-
-
-def _faiss_search(store: NeighbourTargets) -> Near:
-    """Like `store.nearest`, approximate: an inverted file over product-quantised keys."""
-    faiss, (total, width) = _faiss(), store.keys.shape
-    if total < _POINTS * 256:
-        raise ConfigError(
-            f"faiss needs at least {_POINTS * 256} positions to learn its index, got {total}; use 'exact'."
-        )
-    parts = max(m for m in range(1, _PARTS + 1) if width % m == 0)
-    centroids = min(_CENTROIDS, total // _POINTS)
-    index = faiss.index_factory(width, f"IVF{centroids},PQ{parts}")
-    index.nprobe = min(_PROBES, centroids)
-    # A sample spread over the corpus, as large as faiss would use at most.
-    step = max(1, total // (256 * centroids))
-    index.train(np.array(store.keys[::step], dtype=np.float32))
-    for start in range(0, total, _KEYS):
-        index.add(np.array(store.keys[start : start + _KEYS], dtype=np.float32))
-
-    def search(queries: Tensor, count: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = index.search(queries.cpu().numpy(), count + (exclude is not None))
-        distances, entries = (torch.from_numpy(a).to(queries.device) for a in found)
-        # Too few neighbours in the probed lists: faiss fills up with -1.
-        distances = distances.masked_fill(entries < 0, float("inf"))
-        if exclude is not None:
-            distances = distances.masked_fill(entries == exclude[:, None], float("inf"))
-        distances, kept = distances.topk(min(count, total - (exclude is not None)), largest=False)
-        return distances, entries.gather(-1, kept).clamp_min(0)
-
-    return search
-
-
-def _write(room: Path, header: dict[str, Any], name: str, array: np.ndarray) -> None:
-    array.tofile(room / f"{name}.bin")
-    crc32 = _crc32(room / f"{name}.bin")
-    header["arrays"][name] = {"dtype": array.dtype.name, "shape": list(array.shape), "crc32": crc32}
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(2**24):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def _checksum(header: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()

@@ -13,6 +13,7 @@ from transformers import ProgressCallback, Trainer
 from ..core.errors import ConfigError, HostError
 from ..core.truncation import Truncation
 from ..hosts import base_model, is_attached
+from .optimizer import regroup
 
 
 class LossProgress(ProgressCallback):
@@ -28,7 +29,8 @@ class MemoryTrainer(Trainer):
 
     Args:
         truncation: where gradients through the state stop; None for nowhere within a sample.
-        memory_learning_rate: learning rate of the memory's parameters; None for the same as the host's.
+        memory_learning_rate: learning rate of the memory's parameters; None for the same as the host's. Parts that
+            need another one have it (`Memory.optimizer_groups`), unless an optimiser is given.
         log_memory: log the memory's diagnostics (gates, slot entropy, ...) with the loss.
 
     Raises:
@@ -55,6 +57,7 @@ class MemoryTrainer(Trainer):
         super().__init__(model, *args, **kwargs)
         self.truncation, self.memory_learning_rate, self.log_memory = truncation, memory_learning_rate, log_memory
         self._diagnostics: dict[str, Tensor] = {}
+        self._grouped = False
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         due = self.log_memory and model.training and self.state.global_step % self.args.logging_steps == 0
@@ -72,12 +75,9 @@ class MemoryTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.memory_learning_rate is not None:
-            ours = {id(p) for p in base_model(self.model).memory.parameters()}
-            for group in list(optimizer.param_groups):
-                memory = [p for p in group["params"] if id(p) in ours]
-                if memory:
-                    group["params"] = [p for p in group["params"] if id(p) not in ours]
-                    optimizer.add_param_group({**group, "params": memory, "lr": self.memory_learning_rate})
+        if new or (self.memory_learning_rate is not None and not self._grouped):
+            regroup(optimizer, base_model(self.model).memory, self.memory_learning_rate)
+            self._grouped = True
         return optimizer

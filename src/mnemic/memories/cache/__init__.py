@@ -1,0 +1,1 @@
+"""Memories in keys and values: what attention keeps, mixed, chosen or made smaller."""

@@ -1,0 +1,1 @@
+"""Memories of a database of text that is searched while reading."""

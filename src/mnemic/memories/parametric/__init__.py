@@ -1,0 +1,1 @@
+"""Parametric memory: learned tables that are read sparsely and written by the optimiser only."""
