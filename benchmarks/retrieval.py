@@ -36,7 +36,7 @@ from mnemic.core.state import State
 from mnemic.ops import nearest, paged_bank
 
 VOCABULARY, SEGMENT = 2048, 512
-CLUSTERS, SPREAD = 1024, 1.0
+CLUSTERS, SPREAD = 1024, 0.5
 
 
 def host(arguments: argparse.Namespace) -> Any:

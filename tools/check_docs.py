@@ -22,7 +22,10 @@ from pathlib import Path
 
 GENERATED = {
     "systems": "mnemic systems --markdown",
-    **{name: f"python tools/tables.py {name}" for name in ("demo", "bench", "babilong", "aligned", "built", "unbuilt")},
+    **{
+        name: f"python tools/tables.py {name}"
+        for name in ("demo", "bench", "babilong", "aligned", "built", "unbuilt", "retrieval")
+    },
 }
 # Run when they stand beside mnemic on a line: a pipe, a redirection.
 HELPERS = {"cat", "echo", "head", "ls", "mkdir", "printf", "tail"}

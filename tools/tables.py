@@ -1,5 +1,5 @@
-"""Tables for README and docs: demo, bench, babilong and aligned from the raw numbers under results/; built and unbuilt
-from the systems themselves."""
+"""Tables for README and docs: demo, bench, babilong, aligned and retrieval from the raw numbers under results/; built
+and unbuilt from the systems themselves."""
 
 import json
 import sys
@@ -67,6 +67,22 @@ def aligned() -> str:
     return babilong("results-babilong-aligned.json")
 
 
+def retrieval() -> str:
+    """Time per token with a large store, and how much of the exact result an index finds."""
+    found = read("retrieval.json")
+    rows = [
+        [
+            f"{row['search']}, {row['work']}", f"{row['ms_per_token']:.2f}", f"{row['ratio']:.1f}",
+            f"{row['added_over_floor']:.2f}" if "added_over_floor" in row else "–",
+            f"{found['faiss_recall']:.3f}" if row["search"] == "faiss" else "1" if row["search"] == "exact" else "–",
+        ]
+        for row in found["rows"]
+    ]  # fmt: skip
+    return table(
+        ["search, work", "ms a token", "x plain host", "x floor", f"recall@{found['settings']['top_k']}"], rows
+    )
+
+
 def built() -> str:
     """Every memory, probed; its limits, and the tests of its equations."""
     from mnemic.cli.systems import all_systems
@@ -120,5 +136,6 @@ def unbuilt() -> str:
 if __name__ == "__main__":
     tables = {
         "demo": demo, "bench": bench, "babilong": babilong, "aligned": aligned, "built": built, "unbuilt": unbuilt,
+        "retrieval": retrieval,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

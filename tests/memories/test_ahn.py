@@ -204,6 +204,7 @@ def test_wrong_settings_are_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_distillation_halves_what_the_window_loses():
     """A teacher of key-value recall over 64 tokens, a student that sees 16: measured KL 1.48 for the window alone, 0.45
     after 100 steps, 0.29 after 300."""

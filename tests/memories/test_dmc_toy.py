@@ -59,13 +59,14 @@ def test_half_the_cache_costs_little_where_the_host_chooses(monkeypatch):
         num_key_value_heads=4, head_dim=16, max_position_embeddings=LENGTH, initializer_range=0.05,
     )  # fmt: skip
     host = AutoModelForCausalLM.from_config(config)
-    train(host, training, 400, 4e-3)
+    train(host, training, 350, 4e-3)
     before = measured(host, test)
-    plain, steps = copy.deepcopy(host), 300
-    train(plain, training, steps, 2e-3)
-    options = {"compression": 2.0, "offset": 2.0, "intact": True}
+    plain, steps = copy.deepcopy(host), 280
+    train(plain, training, steps, 3e-3)
+    # Training counts decisions with noise, reading has none: what it asks for is met within a tenth, so ask for more.
+    options = {"compression": 2.1, "offset": 1.0, "intact": True}
     model = mnemic.attach(host, "dmc", segment=LENGTH, preset="default", **options)
-    train(model, training, steps, 2e-3, Retrofit(ramp=steps // 2, freeing=50))
+    train(model, training, steps, 3e-3, Retrofit(ramp=100, freeing=30))
     model.memory.schedule(0.0, True, 1.0)
     full, compressed = measured(plain, test), measured(model, test)
     assert isinstance(model.memory, DMC)
@@ -83,6 +84,6 @@ def test_half_the_cache_costs_little_where_the_host_chooses(monkeypatch):
         f"loss before {before:.3f}; after as many steps: uncompressed {full:.3f}, DMC {compressed:.3f} at "
         f"{float(report.ratio):.2f} tokens a slot, every second token merged {blind:.3f}"
     )
-    assert report.ratio > 1.8
+    assert report.ratio > 1.9
     assert compressed < 1.05 * full
     assert blind > compressed + 2 * abs(compressed - full)

@@ -207,8 +207,8 @@ def test_anything_but_whole_segments_is_refused():
     with pytest.raises(InputError, match="token by token"):
         model.generate(random_ids(1, WIDTH), max_new_tokens=2)
     memory = build()
+    step = Step.alone(memory, reads=memory.prepare(memory.initial_state(1)))
     with pytest.raises(InputError, match="whole segments of 8 tokens; got 5"):
-        step = Step.alone(memory, reads=memory.prepare(memory.initial_state(1)))
         memory.residual(torch.zeros(1, 5, 8), torch.zeros(1, 5, 8), step)
 
 

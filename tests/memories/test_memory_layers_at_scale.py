@@ -79,7 +79,8 @@ def test_equals_loops(options):
     slow = torch.cat([loop(memory, x.view(6, 6), i).view_as(x) for i in (0, 1)])
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
     weights = torch.randn_like(fast)
-    leaves = [x, memory.values, *memory.readers[:2].parameters()] + ([memory.experts] if memory.experts is not None else [])
+    leaves = [x, memory.values, *memory.readers[:2].parameters()]
+    leaves += [] if memory.experts is None else [memory.experts]
     grads, wants = (torch.autograd.grad((y * weights).sum(), leaves) for y in (fast, slow))
     for grad, want in zip(grads, wants, strict=True):
         torch.testing.assert_close(grad, want, rtol=0, atol=1e-8)
@@ -97,8 +98,9 @@ def test_three_blocks_share_one_table():
         parts.append(memory.values.grad.clone())
         assert parts[-1].any()
     memory.zero_grad()
-    sum(memory.feed_forward(x, double, Step.alone(memory, i)).square().sum() for i in memory.layers).backward()
-    torch.testing.assert_close(memory.values.grad, sum(parts), rtol=0, atol=1e-12)
+    reads = [memory.feed_forward(x, double, Step.alone(memory, layer)) for layer in memory.layers]
+    torch.stack(reads).square().sum().backward()
+    torch.testing.assert_close(memory.values.grad, torch.stack(parts).sum(0), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["adapter", "whole"])
@@ -113,7 +115,7 @@ def test_the_shared_table_is_counted_and_saved_once(tmp_path, whole):
     mnemic.save(model, tmp_path, whole=whole)
     if not whole:
         assert (table + others) * 4 <= (tmp_path / "memory.safetensors").stat().st_size < (table + others) * 4 + 8192
-    again = mnemic.load(tmp_path, **({} if whole else {"host": tiny_host(num_hidden_layers=4)}))
+    again = mnemic.load(tmp_path, host=None if whole else tiny_host(num_hidden_layers=4))
     ids = random_ids(2, 19)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
@@ -229,7 +231,8 @@ def test_training_the_chosen_rows_changes_no_other():
     model = mnemic.freeze_host(mnemic.attach(tiny_host(), NAME, segment=8, **SIZES))
     torch.nn.init.normal_(model.memory.readers[0].out.weight)
     ids, values = random_ids(1, 8, seed=3), model.memory.values
-    rows = select_rows(access_counts(model, [ids]), access_counts(model, [random_ids(1, 8, seed=s) for s in range(4)]), 4)
+    others = access_counts(model, [random_ids(1, 8, seed=s) for s in range(4)])
+    rows = select_rows(access_counts(model, [ids]), others, 4)
     assert 0 < len(rows) <= 4
     mask = torch.zeros(36, 1).index_fill(0, rows, 1.0)
     values.register_hook(lambda grad: grad * mask)

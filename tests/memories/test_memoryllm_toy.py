@@ -75,5 +75,7 @@ def test_pairs_are_recalled_and_forgotten_by_the_law():
     assert found[0] > 0.9
     assert abs(without - CHANCE) < 0.05
     for distractors, got in found.items():
-        law = CHANCE + (1 - CHANCE) * (1 - 1 / BLOCKS) ** distractors
-        assert abs(got - law) < 0.15, (distractors, got, law)
+        # A pair is read from either of two layers, which drop on their own: it is lost when both states are.
+        alive = (1 - 1 / BLOCKS) ** distractors
+        law = CHANCE + (1 - CHANCE) * (1 - (1 - alive) ** 2)
+        assert abs(got - law) < 0.1, (distractors, got, law)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,34 +207,33 @@ def test_what_it_refuses():
         mnemic.attach(tiny_host("opt"), "persistent-memory", segment=8, feed_forward="drop")
 
 
-def _facts(count: int, seed: int) -> Tensor:
-    """(count, 3): a pair of tokens, no two alike, and the token to answer."""
-    make = torch.Generator().manual_seed(seed)
+def _memorised(num_slots: int, count: int = 4000, steps: int = 700) -> float:
+    """Share of facts, two tokens -> a token, that a host without feed-forward parts knows after so many steps."""
+    make = torch.Generator().manual_seed(1)
     pairs = torch.randperm(64 * 64, generator=make)[:count]
-    return torch.stack([pairs // 64, pairs % 64, torch.randint(0, 64, (count,), generator=make)], dim=1)
-
-
-def _memorised(num_slots: int, steps: int = 300) -> float:
-    """Share of 500 facts known after training on all of them at each step, by a host without feed-forward parts."""
+    facts = torch.stack([pairs // 64, pairs % 64, torch.randint(0, 64, (count,), generator=make)], dim=1)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=8, tie_word_embeddings=False,
     )  # fmt: skip
-    model = mnemic.attach(config, "persistent-memory", segment=4, num_slots=num_slots, feed_forward="drop")
-    facts = _facts(500, seed=1)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.0)
+    options = {"num_slots": num_slots, "feed_forward": "drop", "gate": True}
+    model = mnemic.attach(config, "persistent-memory", segment=4, **options)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
     for _ in range(steps):
-        logits = model(facts[:, :2], use_cache=False).logits[:, -1]
+        some = facts[torch.randint(0, count, (400,), generator=make)]
         optimizer.zero_grad()
-        F.cross_entropy(logits, facts[:, 2]).backward()
+        F.cross_entropy(model(some[:, :2], use_cache=False).logits[:, -1], some[:, 2]).backward()
         optimizer.step()
     with torch.no_grad():
-        return float((model(facts[:, :2], use_cache=False).logits[:, -1].argmax(-1) == facts[:, 2]).float().mean())
+        found = model(facts[:, :2], use_cache=False).logits[:, -1].argmax(-1)
+    return float((found == facts[:, 2]).float().mean())
 
 
 @pytest.mark.slow
-def test_slots_memorise_what_attention_alone_cannot():
-    scores = SimpleNamespace(slots=_memorised(128), none=_memorised(0))
-    assert scores.slots > scores.none + 0.1, scores
+@pytest.mark.timeout(600)
+def test_slots_memorise_more_than_attention_alone():
+    """Width 32 and 4000 facts: 0.72 with 128 slots, 0.45 without. 500 facts at width 64 do not tell them apart: both
+    know all, attention alone sooner (1.00 against 0.83 after 50 steps)."""
+    slots, none = _memorised(128), _memorised(0)
+    assert slots > none + 0.1, (slots, none)

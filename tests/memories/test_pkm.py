@@ -181,7 +181,8 @@ def test_usage_of_a_segment_by_hand():
 
 
 def test_the_table_is_float32_on_a_half_precision_host():
-    model = mnemic.attach(tiny_host(dtype=torch.bfloat16).to(torch.bfloat16), "pkm", segment=8, **SIZES)
+    host: Any = tiny_host()
+    model = mnemic.attach(host.to(torch.bfloat16), "pkm", segment=8, **SIZES)
     assert model.memory.values[0].dtype == torch.float32
     assert model.memory.queries[0].subkeys.dtype == torch.bfloat16
     ids = random_ids(2, 12)

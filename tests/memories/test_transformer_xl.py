@@ -1,10 +1,13 @@
 """Transformer-XL against loops, against one long pass, and its schedules."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import LlamaConfig
 
 import mnemic
 from mnemic.core import ConfigError, memory_class, memory_config
@@ -273,3 +276,42 @@ def test_distances_have_no_meaning_for_memory_tokens():
     stack = [memory_config("rmt", num_tokens=2), memory_config("transformer-xl", memory_lengths=4, ranges=5)]
     with pytest.raises(ConfigError, match="memory tokens"):
         mnemic.attach(tiny_host(), stack, segment=8)
+
+
+def _bits_per_token(lengths: tuple[int, ...], steps: int = 160) -> float:
+    """After training on text whose tokens, from the 64th on, are those of 64 places before; noise has 4 bits."""
+    make = torch.Generator().manual_seed(0)
+
+    def loss(rows: int) -> Tensor:
+        ids = torch.randint(0, 16, (rows, 64), generator=make).repeat(1, 3)[:, :144]
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) / math.log(2)
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, initializer_range=0.05,
+    )  # fmt: skip
+    model = mnemic.attach(config, "transformer-xl", segment=16, memory_lengths=lengths, positions="relative")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 10, (steps - i) / 60))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(8).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return float(loss(64))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_long_memories_of_four_do_as_well():
+    """Copies from 64 tokens ago, memories of 80 tokens or 16. The floor is 1.8 bits; measured: all long 2.16, the first
+    two long 2.17, all short 4.00. Two interleaved ones learn nothing yet (3.94 after 320 steps): a copy from a fixed
+    distance needs one layer only, so this text does not show the paper's order of placements."""
+    every, first, none = (_bits_per_token(layout("first", n, 4, 80, 16)) for n in (4, 2, 0))
+    assert every < none - 0.5
+    assert first < none - 0.5
+    assert abs(every - first) < 0.1

@@ -80,19 +80,19 @@ def test_the_table_has_a_constant_rate_under_any_schedule(tmp_path, schedule):
     model = attached()
     run = trainer(tmp_path, model, arguments={"lr_scheduler_type": schedule})
     rates: list[dict[str, tuple[float, float]]] = []
-    run.create_optimizer()
-    step = run.optimizer.step
+    optimizer: Any = run.create_optimizer()
+    step = optimizer.step
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         before = model.memory.values.detach().clone()
         result = step(*args, **kwargs)
-        rates.append(settings(model, run.optimizer))
+        rates.append(settings(model, optimizer))
         # Adam moves the rows read by about its rate at each step, the first included.
         moved = float((model.memory.values.detach() - before).abs().max())
         assert 0 < moved <= 1.1e-3
         return result
 
-    run.optimizer.step = recorded
+    optimizer.step = recorded
     # A table whose gradient is zero would not move.
     torch.nn.init.normal_(model.memory.readers[0].out.weight)
     run.train()

@@ -21,7 +21,7 @@ Shapes: B rows, T tokens, h heads, d width, b chunk length, C chunks, R = B h. W
 `naive` says the same with loops and autograd; it is the reference of the tests.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple, cast
@@ -209,7 +209,11 @@ class _Flush(torch.autograd.Function):
         return grad
 
 
-_flush = cast(Callable[[Tensor], Tensor], _Flush.apply)
+def _flush(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        # The same in plain operations, which a compiler can trace.
+        return x + (F.hardshrink(x, torch.finfo(x.dtype).tiny ** 0.5) - x).detach()
+    return cast(Tensor, _Flush.apply(x))
 
 
 def _products(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,17 +298,19 @@ class _Grid:
         return out if real is None else out.masked_fill(~real[..., None, None], 0.0)
 
 
-def _grid(position: Tensor, tokens: int, chunk: int, real: Tensor | None) -> tuple[_Grid, list[int]]:
+def _grid(position: Tensor, tokens: int, chunk: int, real: Tensor | None) -> tuple[_Grid, list[int] | Tensor]:
     """The grid of a call, and by row the position after it counted from the start of its open chunk.
 
-    A call inside one chunk gets a grid as narrow as its tokens.
+    A call inside one chunk gets a grid as narrow as its tokens. A compiled graph cannot ask where the rows stand: it
+    gets the grid that fits them wherever they stand.
     """
     batch, device = position.shape[0], position.device
     length = torch.full_like(position, tokens) if real is None else real.sum(1)
-    begins, ends = torch.stack([position, position + length]).tolist()
+    compiling = torch.compiler.is_compiling()
+    begins, ends = [[0, 1], [chunk - 1 + tokens]] if compiling else torch.stack([position, position + length]).tolist()
     count = max(1, -(-max(ends) // chunk))
     base = min(begins) if count == 1 else 0
-    width = max(1, max(ends) - base) if count == 1 else chunk
+    width = max(1, max(ends) - base) if count == 1 and not compiling else chunk
     where = torch.arange(count * width, device=device) - (position[:, None] - base)
     here = (where >= 0) & (where < length[:, None])
     source = None
@@ -315,6 +321,8 @@ def _grid(position: Tensor, tokens: int, chunk: int, real: Tensor | None) -> tup
     columns = (rank + position[:, None] - base).clamp_max(count * width - 1)
     if real is not None or len(set(begins)) > 1:
         source = order.gather(1, where.clamp(0, tokens - 1)) + torch.arange(batch, device=device)[:, None] * tokens
+    if compiling:
+        return _Grid(source, here, columns, 0, count, width, False), position + length
     full = sum(ends) - sum(begins) == batch * count * width
     return _Grid(source, here, columns, begins[0] - base, count, width, full), ends
 
@@ -351,11 +359,12 @@ def _chunks(
         activations, errors = _gradient(key, wanted, start, scale, rule)
         outputs.append(_look(query, both, pull, activations, errors, now, residual))
         both = _advance(both, pull, activations, errors, now)
-        closed = [end >= (i + 1) * rule.chunk for end in ends]
-        if all(closed):
+        border = (i + 1) * rule.chunk
+        closed = ends >= border if isinstance(ends, Tensor) else [end >= border for end in ends]
+        if isinstance(closed, list) and all(closed):
             start = [x.unbind(1)[0].mT for x in both]
-        elif any(closed):
-            mask = torch.tensor(closed, device=q.device).repeat_interleave(heads)[:, None, None]
+        elif isinstance(closed, Tensor) or any(closed):
+            mask = torch.as_tensor(closed, device=q.device).repeat_interleave(heads)[:, None, None]
             start = [torch.where(mask, x.unbind(1)[0].mT, c) for x, c in zip(both, start, strict=True)]
     y = grid.scatter(torch.stack(outputs), batch, real)
     after = state.position + (tokens if real is None else real.sum(1))
@@ -437,7 +446,7 @@ def _step(
     after = state.position + (1 if real is None else real[:, 0])
     closed = after == rule.chunk
     # On the CPU asking is free and mostly saves a pass over the weights; elsewhere asking would wait for the device.
-    if closed.device.type != "cpu" or bool(closed.any()):
+    if closed.device.type != "cpu" or torch.compiler.is_compiling() or bool(closed.any()):
         mask = closed.repeat_interleave(heads)[:, None, None]
         start = [torch.where(mask, w, c) for w, c in zip(weights, start, strict=True)]
     return y, _state(weights, momentum, start, after.masked_fill(closed, 0), heads)

@@ -76,10 +76,10 @@ class Compressor(nn.Module):
             return rates.sigmoid(), None
         scale, bias = -self.A_log.to(rates.dtype).exp(), self.dt_bias.to(rates.dtype)
         if self.variant == "mamba2":
-            time = F.softplus(rates + bias)
+            time = _softplus(rates + bias)
             return time, scale * time
         beta, decay = rates.chunk(2, -1)
-        return beta.sigmoid(), scale * F.softplus(decay + bias)
+        return beta.sigmoid(), scale * _softplus(decay + bias)
 
     def merge(self, o: Tensor, gate: Tensor) -> Tensor:
         """What is added to the attention's output, (B, T, H, e), from what was read and the gate (B, T, H)."""
@@ -168,6 +168,11 @@ class AHN(Memory):
         block = self.blocks[str(step.layer)]
         assert isinstance(block, Compressor)
         return block
+
+
+def _softplus(x: Tensor) -> Tensor:
+    # torch.compile mistakes the strides of the gradient of F.softplus.
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

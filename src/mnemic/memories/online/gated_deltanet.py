@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError
@@ -64,7 +63,9 @@ class GatedMixing(Mixing):
     def log_decay(self, x: Tensor) -> Tensor:
         """log alpha, (B, T, g), of tokens (B, T, d)."""
         dtype = wide(x.dtype)
-        return -self.A_log.to(dtype).exp() * F.softplus(self.decay(x).to(dtype) + self.dt_bias.to(dtype))
+        time = self.decay(x).to(dtype) + self.dt_bias.to(dtype)
+        # Softplus; torch.compile mistakes the strides of the gradient of F.softplus.
+        return -self.A_log.to(dtype).exp() * torch.logaddexp(time, torch.zeros_like(time))
 
 
 class GatedDeltaNet(LinearAttention):

@@ -1,24 +1,24 @@
 """Memory+: Memory Layers at Scale (2024, arXiv 2412.09764).
 
-One table of n^2 learned rows that a few blocks share, each with its own product keys and queries, gated by the token that
-reads. Written out (x input of the feed-forward part, h heads, i, j = 1..n):
+One table of n^2 learned rows that a few blocks share, each with its own product keys and queries, gated by the token
+that reads. Written out (x input of the feed-forward part, h heads, i, j = 1..n):
 
     select   [q1; q2] = W_q x;  s_ij = q1 . c1_i + q2 . c2_j;  I = the k best of all n^2;  w = softmax(s_I)
     read     y = sum over heads and I of w V[i n + j]
     gate     m = (y * silu(x W_1)) W_2
     replace  ffn(x) <- m            beside   ffn(x) <- ffn(x) + m, with W_2 = 0 at first
 
-Nothing is remembered of a stream; the optimiser alone writes, with a constant rate of its own for V (`optimizer_groups`).
-`access_counts` and `select_rows` choose the rows to train when little is to be learned and the rest kept (sparse memory
-finetuning, arXiv 2510.15103).
+Nothing is remembered of a stream; the optimiser alone writes, with a constant rate of its own for V
+(`optimizer_groups`). `access_counts` and `select_rows` choose the rows to train when little is to be learned and the
+rest kept (sparse memory finetuning, arXiv 2510.15103).
 
 Decisions:
 - The table is a parameter of the memory, held, counted and saved once; the released code keeps it on the class.
 - `place`: the paper replaces feed-forward parts, and finds that six are worse than three: more than a quarter of them
   warns. A pretrained host keeps its own ("beside", the preset "attach") and is unchanged at first.
 - `memory_layers`: three blocks, centred, with equal stride (4, 12, 20 of 24); fewer where the host has less than 12.
-- `reader` "peer" (He 2024, arXiv 2407.04153): each row is an expert of rank 1, y = sum of w gelu(u . x) V, with a second
-  table of u, read by the same keys.
+- `reader` "peer" (He 2024, arXiv 2407.04153): each row is an expert of rank 1, y = sum of w gelu(u . x) V, with a
+  second table of u, read by the same keys.
 - `qk_norm` (in the paper where training is unstable, not in the released code): half-queries and half-keys through
   LayerNorm, scores times (k_dim / 2)^-1/2.
 - The tables are at least float32 whatever the host's dtype: in bfloat16 small updates are lost.
@@ -112,8 +112,8 @@ class MemoryLayers(Memory):
         layers, wide = self.layers, torch.promote_types(host.dtype, torch.float32)
         if config.place == "replace" and len(layers) > max(1, host.num_layers // 4):
             warnings.warn(
-                f"{self.name} replaces {len(layers)} of {host.num_layers} feed-forward parts; beyond a quarter of them the "
-                "paper finds losses. Choose fewer memory_layers, or place='beside'.",
+                f"{self.name} replaces {len(layers)} of {host.num_layers} feed-forward parts; beyond a quarter of them "
+                "the paper finds losses. Choose fewer memory_layers, or place='beside'.",
                 stacklevel=2,
             )
         self._index = {layer: i for i, layer in enumerate(layers)}
@@ -165,7 +165,7 @@ class MemoryLayers(Memory):
         return out if self.config.place == "replace" else mlp(x) + out
 
     def diagnostics(self, state: State, segment: Segment) -> dict[str, Tensor]:
-        """Per block: share of rows hit, divergence of their mass from uniform, entropy of reads, mean largest weight."""
+        """Per block: share of rows hit, divergence of the mass from uniform, entropy of reads, mean largest weight."""
         found: dict[str, Tensor] = {}
         for layer, trace in segment.trace.items():
             # Tokens that were read before anybody asked have no weights.
@@ -213,8 +213,8 @@ def access_counts(model: Any, batches: Iterable[Tensor]) -> Tensor:
 def select_rows(new: Tensor, background: Tensor, num_rows: int) -> Tensor:
     """The rows that new data reads often and other data seldom, best first: (num_rows,) int64, or fewer.
 
-    Ranked by c / sum(c) * log((N + 1) / (N_r + 1)), c the reads of a row on new data, N_r of N batches of background data
-    reading it (arXiv 2510.15103, section 3). Rows that new data does not read, or all batches do, are never chosen.
+    Ranked by c / sum(c) * log((N + 1) / (N_r + 1)), c the reads of a row on new data, N_r of N batches of background
+    data reading it (arXiv 2510.15103, section 3). Rows that new data does not read, or all batches do, are not chosen.
 
     Args:
         new: (n^2,), or (batches, n^2), which are summed. background: (N, n^2); both from `access_counts`.

@@ -19,10 +19,11 @@ Decisions:
 - `gate` attaches to a trained host without changing it: values start at 0 and
   y = y_ctx + tanh(g) (y - y_ctx) per head, g = 0. `slot_bias` -10 is the other way: nearly the host (less than 0.3 % of
   the softmax for 64 slots of equal scores), but small gradients at first.
-- With "drop" the host's feed-forward weights are left unused. Post-norm as in the paper is the host's matter.
+- With "drop" the host's feed-forward weights are frozen, and norms right around them get no gradient. Post-norm as in
+  the paper is the host's matter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +78,12 @@ class PersistentMemory(Memory):
     @property
     def identity_at_attach(self) -> bool:
         return (self.config.gate or not self.config.num_slots) and self.config.feed_forward == "keep"
+
+    @property
+    def limits(self) -> Mapping[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self.config.feed_forward == "keep":
+            return {}
+        return {"gradients to every parameter": "norms around the dropped feed-forward parts have nothing to scale"}
 
     def slots(self, layer: int) -> tuple[Tensor, Tensor]:
         """K_P and V_P, (1, key-value heads, N, e)."""

@@ -11,9 +11,9 @@ exactly with two sets of n half-keys. Written out (x input of the feed-forward p
 Nothing is remembered of a stream; the optimiser alone writes, with a rate of its own for V (`optimizer_groups`).
 
 Decisions:
-- `query_norm`: the paper's batch normalisation keeps rows alive (without it many are never read) but mixes the tokens of
-  a batch while training: tokens see later ones and other rows through its statistics. In eval mode it does not. It is
-  the default of fresh hosts; "attach" normalises each half of a query alone ("layer"). Padding never enters; memory
+- `query_norm`: the paper's batch normalisation keeps rows alive (without it many are never read) but mixes the tokens
+  of a batch while training: tokens see later ones and other rows through its statistics. In eval mode it does not. It
+  is the default of fresh hosts; "attach" normalises each half of a query alone ("layer"). Padding never enters; memory
   tokens of another memory do. A batch that activation checkpointing replays is counted once.
 - With batch normalisation there is no b: it would be subtracted again, and the norm has a shift.
 - `place`: the paper replaces feed-forward parts; "beside" adds to them through a gate that starts at 0, so that a
@@ -144,7 +144,7 @@ class PKM(Memory):
         return read if self.gate is None else mlp(x) + self.gate[i] * read
 
     def diagnostics(self, state: State, segment: Segment) -> dict[str, Tensor]:
-        """Per block: share of rows hit, divergence of their mass from uniform, entropy of reads, mean largest weight."""
+        """Per block: share of rows hit, divergence of the mass from uniform, entropy of reads, mean largest weight."""
         found: dict[str, Tensor] = {}
         for layer, trace in segment.trace.items():
             # Tokens that were read before anybody asked have no weights.

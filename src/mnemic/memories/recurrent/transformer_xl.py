@@ -112,7 +112,7 @@ class TransformerXL(Memory):
     name = "transformer-xl"
     config_class = TransformerXLConfig
     paper = "Transformer-XL (2019, arXiv 1901.02860), Do Transformers Need Deep Long-Range Memory? (2020, 2007.03356)"
-    state_size = "L * memory_lengths * d + 1"
+    state_size = "L * memory_lengths * d"
     config: TransformerXLConfig
 
     def __init__(self, config: TransformerXLConfig, host: HostSpec):
