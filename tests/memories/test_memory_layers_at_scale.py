@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 import mnemic
 from mnemic.core.memory import HostSpec
 from mnemic.core.registry import memory_class, memory_config
 from mnemic.core.step import Step
 from mnemic.memories.parametric.memory_layers_at_scale import access_counts, select_rows
+from mnemic.training.optimizer import regroup
 from tests.tiny import random_ids, tiny_host
 
 NAME = "memory-layers-at-scale"
@@ -248,3 +250,43 @@ def test_training_the_chosen_rows_changes_no_other():
     assert set(changed.tolist()) <= set(rows.tolist())
     assert len(changed) > 0
     assert losses[-1] < losses[0]
+
+
+def recall_of_facts(memory: str, rate: float, **options: Any) -> float:
+    """Share of the objects of 4000 facts (subject, relation, object) that two blocks of width 32 name after 200 steps.
+
+    64 subjects, 63 relations, 64 objects at random; the loss is on objects alone.
+    """
+    torch.manual_seed(0)
+    make = torch.Generator().manual_seed(0)
+    pairs = torch.cartesian_prod(torch.arange(64), 64 + torch.arange(63))[:4000]
+    objects = 127 + torch.randint(0, 64, (4000,), generator=make)
+    ids = torch.cat([pairs, objects[:, None]], dim=1)
+    labels = torch.cat([torch.full((4000, 2), -100), objects[:, None]], dim=1)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=191, tie_word_embeddings=True, initializer_range=0.1, pad_token_id=None, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    model = mnemic.attach(config, memory, segment=8, **options).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    regroup(optimizer, model.memory)
+    for _ in range(200):
+        batch = torch.randint(0, 4000, (512,), generator=make)
+        model(ids[batch], labels=labels[batch], use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        named = model(ids[:, :2], use_cache=False).logits[:, -1].argmax(-1)
+    return float((named == objects).float().mean())
+
+
+@pytest.mark.slow
+def test_facts_are_learned_sooner_with_the_memory():
+    """In place of the second feed-forward part, against the host at its best rate (1e-2 is no better than 3e-3)."""
+    sizes = {"num_keys": 64, "num_heads": 4, "top_k": 8, "key_dim": 32}
+    recalled = recall_of_facts(NAME, 1e-3, values_lr=1e-2, qk_norm=True, **sizes)
+    plain = [recall_of_facts("none", rate) for rate in (1e-3, 3e-3)]
+    print(f"with {recalled:.3f}, without {plain}")
+    assert recalled > max(plain) + 0.2
