@@ -19,13 +19,17 @@ def found():
 
 def test_every_memory_was_probed(found):
     assert sorted(entry["name"] for entry in found) == mnemic.memory_names()
-    assert not any(entry["problem"] for entry in found)
+    # RETRO reads a database that it is given.
+    assert {entry["name"] for entry in found if "default" in entry["problem"]} == {"retro"}
+    assert "database" in next(entry for entry in found if entry["name"] == "retro")["problem"]["default"]
 
 
 def test_what_was_probed_is_what_memories_declare(found):
     for entry in found:
         kind = memory_class(entry["name"])
-        assert entry["constant_state"] == kind.constant_size
+        if "default" not in entry["problem"]:
+            assert entry["constant_state"] == kind.constant_size, entry["name"]
+            assert entry["parameters"] is not None
         assert entry["paper"] == kind.paper
     by_name = {entry["name"]: entry for entry in found}
     assert by_name["lm2"]["identity_at_attach"] == {"default": False, "attach": True, "paper": False}
@@ -40,7 +44,7 @@ def test_three_formats(found, monkeypatch):
     assert json.loads(succeed("systems", "--json").stdout) == found
     lines = succeed("systems", "--markdown").stdout.splitlines()
     assert len(lines) == 2 + len(found)
-    assert all(line.startswith("| ") and line.count(" | ") == 6 for line in lines)
+    assert all(line.startswith("| ") and line.count(" | ") == 7 for line in lines)
     table = succeed("systems").stdout
     assert all(entry["name"] in table for entry in found)
     assert invoke("systems", "--json", "--markdown").exit_code == 2
@@ -51,7 +55,7 @@ def test_a_memory_that_does_not_fit_is_unknown_and_not_no(monkeypatch):
     entry = systems.describe("lm2")
     assert entry["identity_at_attach"]["default"] is None
     assert "64 slots" in entry["problem"]["default"]
-    assert systems._row(entry)[3:6] == ["?", "?", "?"]
+    assert systems._row(entry)[3:7] == ["?", "?", "num_slots * d; ?", "?"]
 
 
 @pytest.mark.parametrize("name", mnemic.memory_names())

@@ -50,7 +50,7 @@ def _check_cached(case, host):
     assert_states_close(cache.state, expected.memory_state)
 
 
-@pairs(USUAL, hosts=("llama", "gpt2"))
+@pairs(USUAL, hosts=("llama", "gpt2"), usual_hosts=("llama",))
 def test_compiled_training(case, host):
     _check_training(case, host)
 
@@ -72,7 +72,7 @@ def test_compiled_training_of_all_settings(c):
 
 
 @pytest.mark.slow
-@pairs(USUAL, hosts=("llama", "gpt2", "gemma2"))
+@pairs(USUAL, hosts=("llama", "gpt2", "gemma2"), usual_hosts=("llama",))
 def test_compiled_reading_on_more_hosts(case, host):
     case.needs("compiled reading with a cache")
     _check_cached(case, host)

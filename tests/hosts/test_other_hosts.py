@@ -51,12 +51,12 @@ HOSTS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "xglm": ("xglm", {"vocab_size": 61, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4,
                       "max_position_embeddings": 128, "pad_token_id": 0, "init_std": 0.15}, ALL),
     "bert_decoder": ("bert", {**PLAIN, "is_decoder": True}, ALL),
-    # Attention modules that take no keyword arguments: no residual site.
-    "stablelm": ("stablelm", C, ("rmt", "window")),
-    "nemotron": ("nemotron", C, ("rmt", "window")),
-    # Nothing is handed down at all.
-    "falcon": ("falcon", {**FALCON, "new_decoder_architecture": False}, ("window",)),
-    "gptj": ("gptj", {**G, "rotary_dim": 4}, ("window",)),
+    # Attention modules that take no keyword arguments: the frame of the running step is found all the same.
+    "stablelm": ("stablelm", C, ALL),
+    "nemotron": ("nemotron", C, ALL),
+    # Nothing is handed down to the module that runs the layers, so what write tokens become is not seen.
+    "falcon": ("falcon", {**FALCON, "new_decoder_architecture": False}, ("lm2", "window")),
+    "gptj": ("gptj", {**G, "rotary_dim": 4}, ("lm2", "window")),
     # Positions or masks that the host makes itself.
     "falcon_alibi": ("falcon", {**FALCON, "alibi": True}, ()),
     "bloom": ("bloom", {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}, ()),

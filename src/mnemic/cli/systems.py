@@ -15,6 +15,8 @@ PROBE_HOST = {
 }  # fmt: skip
 """A Llama as wide as its segments are long, so that memories with one slot per token fit too."""
 SEGMENT = 64
+SMALLER = {"ahn": {"num_sinks": 16}}
+"""Options whose defaults do not fit into such a segment."""
 UNKNOWN = "?"
 ABILITIES = ("croppable", "reorderable", "batch_safe", "constant_size", "whole_segments")
 
@@ -118,7 +120,7 @@ def _probe(name: str, preset: str) -> dict[str, Any]:
         try:
             first = ids[:, : 2 * SEGMENT].split(SEGMENT, dim=1)
             plain = torch.cat([host(part, use_cache=False).logits for part in first], dim=1)
-            model = attach(host, name, preset=preset, segment=SEGMENT, check=False)
+            model = attach(host, name, preset=preset, segment=SEGMENT, check=False, **SMALLER.get(name, {}))
             # A window sees across the edges of segments, as it should: only the first one is the host's own.
             read = SEGMENT if model.memory.continuous else 2 * SEGMENT
             logits = model(ids[:, :read], use_cache=False).logits

@@ -162,7 +162,7 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
     attentions = [attention_of(name, block) for block in anatomy.layers] if "attention" in memory.sites else []
     access = HostAccess(anatomy.stack, attentions)
     access.spans, access.embeddings = host_spans(base.config), base.get_input_embeddings()
-    if inside:
+    if inside and base.device.type != "meta":
         access.norms = find_norms(anatomy.layers, attentions, lambda: _run_once(base))
     sites = install_sites(name, memory, anatomy)
     hooks = []
@@ -203,7 +203,7 @@ def _layout(name: str, memory: Memory, anatomy: Anatomy, segment: int | None) ->
         raise ConfigError(f"segment = {segment!r}, expected a number of tokens of at least 1.")
     if limit is not None and segment + around > limit:
         raise ConfigError(
-            f"A segment of {segment} tokens with {around} for the memory needs {segment + around} positions, but "
+            f"A segment of {segment} tokens with {around} memory tokens needs {segment + around} positions, but "
             f"{name} has {limit}; use segment={max(limit - around, 0)} or less."
         )
     return Layout(
