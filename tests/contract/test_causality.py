@@ -49,7 +49,7 @@ def test_the_past_beyond_the_segment_is_remembered(case, host):
     later = (logits[1] - logits[0])[2 * SEGMENT + 1 :].abs().max()
     if case.kind == "stateless":
         # Rows side by side may round differently.
-        assert later < 1e-6
+        assert later == 0 if case.memory == "none" else later < 1e-6
     elif case.segmented:
         assert later > 1e-5
 

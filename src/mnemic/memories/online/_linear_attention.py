@@ -140,7 +140,7 @@ class LinearAttention(Memory):
 
     def mix(self, x: Tensor, step: Step) -> Tensor:
         """(B, T, d) from the attention's input (B, T, d); leaves the block's state."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must say how it mixes.")
 
     def mixer(self, x: Tensor, step: Step) -> Tensor:
         return self.mix(x, step)
