@@ -25,7 +25,9 @@ def loss_of(name: str, host: Any, vocabulary: int, segment: int) -> tuple[nn.Mod
 
         model = MemoryAsContextTransformer(
             num_tokens=vocabulary, dim=width, depth=layers, segment_len=segment, dim_head=32, heads=width // 32,
-            neural_memory_segment_len=16, num_persist_mem_tokens=4, num_longterm_mem_tokens=4,
+            # Chunks and heads as in ours; at chunks of 16 with one head of the model's width a step takes a minute.
+            neural_memory_segment_len=64, neural_memory_kwargs={"heads": width // 64, "dim_head": 64},
+            num_persist_mem_tokens=4, num_longterm_mem_tokens=4,
         )  # fmt: skip
         return model, lambda ids: model(ids, return_loss=True)
     if name == "titans-memory":

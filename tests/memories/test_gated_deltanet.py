@@ -122,11 +122,7 @@ def test_values_share_queries_in_equal_numbers():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_recalls_all_pairs_once_its_gates_are_open():
-    """0.94 after 250 steps, as the card asks, with gates that start open and none on the output. With the paper's start
-    it has only begun to learn by then: 0.11, where DeltaNet has 0.997 and a window of 8 tokens 0.029."""
-    model = recall_host("gated-deltanet", num_heads=2, output_gate=False)
-    with torch.no_grad():
-        for block in model.memory.blocks.values():
-            block.A_log.fill_(-5.0)
-    assert train_recall(model, steps=320) > 0.95
+def test_recalls_all_pairs():
+    """0.98 after 500 steps; after 250, where the card's own run had 0.999, it is at 0.30 (DeltaNet at 0.98, a window of
+    8 tokens at 0.029). Heads whose drawn A_log forgets within a few tokens must unlearn it first."""
+    assert train_recall(recall_host("gated-deltanet", num_heads=2), steps=500) > 0.95

@@ -13,7 +13,8 @@ prints S transposed. With `num_value_heads` above `num_heads`, neighbouring valu
 S and the convolutions run through the stream, over the borders of segments: nothing is left to write at a commit.
 
 Start: A_log = log U(0, 16), dt_bias the inverse softplus of a log-uniform sample of [1e-3, 0.1]; neither takes weight
-decay. No projection has a bias, as in the paper (the released code has one on W_b).
+decay. No projection has a bias, as in the paper (the released code has one on W_b). Projections start as in
+`_linear_attention.linear`.
 
 Hybrids: `memory_layers` says which blocks have it; others keep the host's attention, within the segment. H1 of the
 paper alternates with sliding-window attention: memory_layers=(0, 2, 4, ...) on a host with `sliding_window`. H2 adds
