@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PACKAGES = {"titans-mac": "titans_pytorch", "titans-memory": "titans_pytorch", "product-keys": "product_key_memory"}
+PACKAGES = {
+    "titans-mac": "titans_pytorch",
+    "titans-memory": "titans_pytorch",
+    "product-keys": "product_key_memory",
+    "rmt": "recurrent_memory_transformer_pytorch",
+}
 
 
 def available() -> list[str]:
@@ -30,6 +35,17 @@ def loss_of(name: str, host: Any, vocabulary: int, segment: int) -> tuple[nn.Mod
             num_persist_mem_tokens=4, num_longterm_mem_tokens=4,
         )  # fmt: skip
         return model, lambda ids: model(ids, return_loss=True)
+    if name == "rmt":
+        from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
+
+        # Only what RMT is: no keys and values from the segment before, all gradients.
+        transformer = RecurrentMemoryTransformer(
+            dim=width, num_tokens=vocabulary, depth=layers, num_memory_tokens=16, seq_len=segment, dim_head=32,
+            heads=width // 32, use_flash_attn=True, abs_pos_emb=False, rotary_pos_emb=True, use_xl_memories=False,
+            emb_gradient_frac=1.0, next_write_mem_stop_grad=False, num_residual_streams=1,
+        )  # fmt: skip
+        model = RecurrentMemoryTransformerWrapper(transformer)
+        return model, lambda ids: model(ids, return_loss=True)[0]
     if name == "titans-memory":
         from titans_pytorch import NeuralMemory
 

@@ -40,8 +40,6 @@ from benchmarks import peers
 VOCABULARY = 2048
 OPTIONS: dict[str, dict[str, Any]] = {
     "lm2": {"num_slots": 64},
-    "rmt": {"num_tokens": 16},
-    "armt": {"num_tokens": 16},
     "transformer-xl": {"memory_lengths": 128},
     "memoryllm": {"new_states": 32, "blocks": 8},
     "ahn": {"num_sinks": 16},
