@@ -24,7 +24,7 @@ GENERATED = {
     "systems": "mnemic systems --markdown",
     **{
         name: f"python tools/tables.py {name}"
-        for name in ("demo", "bench", "babilong", "aligned", "built", "unbuilt", "retrieval")
+        for name in ("demo", "bench", "babilong", "aligned", "built", "unbuilt", "retrieval", "replay", "unbiased")
     },
 }
 # Run when they stand beside mnemic on a line: a pipe, a redirection.

@@ -1,5 +1,5 @@
-"""Tables for README and docs: demo, bench, babilong, aligned and retrieval from the raw numbers under results/; built
-and unbuilt from the systems themselves."""
+"""Tables for README and docs: demo, bench, babilong, aligned, retrieval, replay and unbiased from the raw numbers under
+results/; built and unbuilt from the systems themselves."""
 
 import json
 import sys
@@ -83,6 +83,32 @@ def retrieval() -> str:
     )
 
 
+def replay() -> str:
+    """Peak memory and time of a training step by the number of segments, with replay and without."""
+    found = read("replay.json")
+    rows = []
+    for memory in found["settings"]["memories"]:
+        for n in found["settings"]["segments"]:
+            full, again = (
+                next(r for r in found["rows"] if (r["memory"], r["segments"], r["replay"]) == (memory, n, replay))
+                for replay in (False, True)
+            )
+            cells = [f"{r[what] / 2**20:,.1f}" for what in ("peak", "resident") for r in (full, again)]
+            rows.append([f"{memory}, {n} segments", *cells, f"{again['seconds'] / full['seconds']:.2f}"])
+    head = ["memory, length", "peak, full", "peak, replay", "process, full", "process, replay", "time, replay / full"]
+    return table(head, rows)
+
+
+def unbiased() -> str:
+    """Bias and spread of gradients that keep few encodings, relative to the full gradient."""
+    names = {"last": "the last ones: plain truncation", "reservoir": "a reservoir, no weights", "unbiased": "unbiased"}
+    rows = []
+    for row in read("unbiased.json")["rows"]:
+        cells = [f"{row['bias']:.3f}", f"{row['standard_error']:.3f}", f"{row['spread']:.2f}", f"{row['error']:.2f}"]
+        rows.append([f"{row['live']}, {names[row['method']]}", *cells])
+    return table(["encodings kept", "bias", "of it by chance", "spread", "error of one estimate"], rows)
+
+
 def built() -> str:
     """Every memory, probed; its limits, and the tests of its equations."""
     from mnemic.cli.systems import all_systems
@@ -136,6 +162,6 @@ def unbuilt() -> str:
 if __name__ == "__main__":
     tables = {
         "demo": demo, "bench": bench, "babilong": babilong, "aligned": aligned, "built": built, "unbuilt": unbuilt,
-        "retrieval": retrieval,
+        "retrieval": retrieval, "replay": replay, "unbiased": unbiased,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

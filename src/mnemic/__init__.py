@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         MnemicError,
         StateError,
+        TrainingError,
         UnknownNameError,
         UnsupportedError,
         memory_config,
@@ -45,9 +46,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConfigError", "DataError", "FileFormatError", "HostError", "InputError", "MissingExtraError", "MnemicError",
-    "State", "StateError", "Stream", "Truncation", "UnknownNameError", "UnsupportedError", "add_lora", "attach",
-    "detach", "freeze_host", "is_attached", "load", "load_state", "memory_config", "memory_names", "parameter_report",
-    "save", "save_state",
+    "State", "StateError", "Stream", "TrainingError", "Truncation", "UnknownNameError", "UnsupportedError", "add_lora",
+    "attach", "detach", "freeze_host", "is_attached", "load", "load_state", "memory_config", "memory_names",
+    "parameter_report", "save", "save_state",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:

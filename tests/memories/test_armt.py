@@ -232,8 +232,9 @@ def test_a_segment_with_its_memory_must_fit_the_hosts_positions():
 def test_recall_at_the_trained_length_and_beyond(tmp_path, memory, least):
     """The toy of RMT's card, 2 to 4 segments: 2 layers of width 32, 8 values, batch 64, AdamW 1e-3, 250 steps."""
     from mnemic.benchmarks.evaluate import evaluate_recall
-    from mnemic.benchmarks.experiment import Experiment, run
+    from mnemic.benchmarks.experiment import Experiment
     from mnemic.benchmarks.recall import RecallTask
+    from mnemic.benchmarks.runs import run
     from mnemic.hosts import load
 
     experiment = Experiment(

@@ -6,8 +6,9 @@
 import pytest
 
 from mnemic.benchmarks.evaluate import evaluate_recall
-from mnemic.benchmarks.experiment import Experiment, run
+from mnemic.benchmarks.experiment import Experiment
 from mnemic.benchmarks.recall import RecallTask
+from mnemic.benchmarks.runs import run
 from mnemic.hosts import load
 
 TASK = RecallTask(segment_length=8)

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from ..core.errors import MissingExtraError
 from ..hosts import load, parameter_report
-from . import experiment as experiments
+from . import runs
+from .building import build
 from .evaluate import Score, evaluate_recall
 from .experiment import Experiment
 from .recall import RecallTask
@@ -60,7 +61,7 @@ def run(folder: Path, *, quick: bool = False, threads: int = 1) -> dict[str, Any
     torch.set_num_threads(threads)
     base = replace(EXPERIMENT, steps=20, log_every=10) if quick else EXPERIMENT
     lm2 = replace(base, memory="lm2", memory_options=MEMORIES["lm2"])
-    size = sum(part["total"] for part in parameter_report(experiments.build(lm2)[0]).values())
+    size = sum(part["total"] for part in parameter_report(build(lm2)[0]).values())
     sample = TASK.batch(1, torch.Generator().manual_seed(3), segments=TRAINED_SEGMENTS).input_ids[0]
     console.print(
         "\n[bold]The task.[/] One fact stands in the first segment, a question at the end of the last. Each segment of "
@@ -74,7 +75,7 @@ def run(folder: Path, *, quick: bool = False, threads: int = 1) -> dict[str, Any
         experiment = replace(base, memory=name, memory_options=options, parameters=size)
         where = folder / ("quick" if quick else "runs") / name
         console.print(f"[bold]Training {name}[/] for {experiment.steps} steps on 2 to {TRAINED_SEGMENTS} segments ...")
-        log = experiments.run(experiment, where)
+        log = runs.run(experiment, where)
         model = load(where)
         scores = evaluate_recall(model, TASK, [TRAINED_SEGMENTS * f for f in FACTORS], count=1024)
         results["memories"][name] = {

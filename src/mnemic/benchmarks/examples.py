@@ -5,23 +5,26 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset
 
 from ..core.errors import ConfigError
 from ..training import Example, SegmentLaw, answer_example
+from ..training.positions import Positioned
+from ..training.tokenizer import tokenizer_fingerprint
+from . import babi
 from .babilong import BabilongSample, data_folder, open_babilong, prompt
 from .background import named
 from .haystack import Haystack
 from .recall import RecallTask
 
 
-class RecallExamples(IterableDataset):
+class RecallExamples(Positioned):
     """Endless cross-segment recall: the fact in `fact_segment` (None: any), the question at the end of the last."""
 
     def __init__(self, task: RecallTask, law: SegmentLaw, seed: int = 0, *, fact_segment: int | None = None):
         self.task, self.law, self.seed, self.fact_segment = task, law, seed, fact_segment
 
-    def __iter__(self) -> Iterator[Example]:
+    def _draws(self) -> Iterator[tuple[Any, Any]]:
+        """Ids and labels of one row, (T,) each."""
         generator = torch.Generator().manual_seed(self.seed)
         counts = self.law.draw(self.seed)
         while True:
@@ -29,11 +32,17 @@ class RecallExamples(IterableDataset):
             for _ in range(self.law.batch - 1):
                 next(counts)
             batch = self.task.batch(self.law.batch, generator, segments=n, fact_segment=self.fact_segment)
-            for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
-                yield Example(input_ids=ids, labels=labels)
+            yield from zip(batch.input_ids, batch.labels, strict=True)
+
+    def _example(self, drawn: tuple[Any, Any]) -> Example:
+        ids, labels = drawn
+        return Example(input_ids=ids.tolist(), labels=labels.tolist())
+
+    def _content(self) -> Iterator[Any]:
+        yield self.task, self.law.content(), self.seed, self.fact_segment
 
 
-class BabilongExamples(IterableDataset):
+class BabilongExamples(Positioned):
     """Endless BABILong samples of a whole number of segments, question and answer at the end, loss on the answer.
 
     The layout of the RMT and ARMT recipes (arXiv 2406.10149): context + question + answer + end token; the context
@@ -75,7 +84,7 @@ class BabilongExamples(IterableDataset):
         self.haystack = Haystack(named(background, "train", folder), tokenizer)
         self.data = folder
 
-    def __iter__(self) -> Iterator[Example]:
+    def _draws(self) -> Iterator[BabilongSample]:
         opened: dict[tuple[str, int], Iterator[BabilongSample]] = {}
         rng = random.Random(f"mnemic.lengths|{self.seed}")
         for i, count in enumerate(self.law.draw(self.seed)):
@@ -85,10 +94,21 @@ class BabilongExamples(IterableDataset):
             key = (self.tasks[i % len(self.tasks)], max(length, self.RESERVE + self.SHORTEST))
             if key not in opened:
                 opened[key] = self._open(*key)
-            sample = next(opened[key])
-            ids = self.tokenizer(prompt(sample))["input_ids"]
-            answer = self.tokenizer(sample.target, add_special_tokens=False)["input_ids"]
-            yield answer_example(ids, [*answer, self.tokenizer.eos_token_id])
+            yield next(opened[key])
+
+    def _example(self, drawn: BabilongSample) -> Example:
+        ids = self.tokenizer(prompt(drawn))["input_ids"]
+        answer = self.tokenizer(drawn.target, add_special_tokens=False)["input_ids"]
+        return answer_example(ids, [*answer, self.tokenizer.eos_token_id])
+
+    def _content(self) -> Iterator[Any]:
+        yield self.tasks, self.segment, self.law.content(), self.seed, self.vary_length
+        yield tokenizer_fingerprint(self.tokenizer)
+        for document in self.haystack.documents:
+            yield document.name, document.text
+        if self.data is not None:
+            for task in self.tasks:
+                yield from babi.read(self.data, task, "train")
 
     def _open(self, task: str, length: int) -> Iterator[BabilongSample]:
         return iter(

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import mnemic
 
-from . import demo, evaluate, new, show, stream, systems, train
+from . import demo, evaluate, new, prepare, show, stream, systems, train
 
 
 class _Commands(TyperGroup):
@@ -66,6 +66,7 @@ def _options(
 
 app.command("systems", short_help="List all memories.")(systems.systems)
 app.command("show", short_help="Explain one memory.")(show.show)
+app.command("prepare", short_help="Tokenise texts once, for training.")(prepare.prepare)
 app.command("train", short_help="Train a host with a memory.")(train.train)
 app.command("eval", short_help="Measure a trained model.")(evaluate.evaluate)
 app.command("stream", short_help="Read, ask, save, resume.")(stream.stream)

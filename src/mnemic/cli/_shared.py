@@ -117,7 +117,7 @@ def host_config(name: str, changes: dict[str, Any] | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    from ..benchmarks.experiment import SMALL_HOST, architectures
+    from ..benchmarks.building import SMALL_HOST, architectures
     from ..core.errors import ConfigError, HostError, UnknownNameError
 
     known = architectures()

@@ -1,4 +1,4 @@
-"""`mnemic eval`: the accuracy of a trained run, with intervals."""
+"""`mnemic eval`: the accuracy of a trained run, or its loss on held-out text, with intervals."""
 
 import json
 import platform
@@ -8,13 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-TASKS = ("babilong", "recall")
-SAMPLES = {"babilong": 100, "recall": 512}
+TASKS = ("babilong", "recall", "text")
+SAMPLES = {"babilong": 100, "recall": 512, "text": 100}
 
 
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that mnemic train or mnemic.save wrote.")],
-    task: Annotated[str | None, typer.Option(metavar="TASK", help="babilong or recall; by default the run's.")] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="TASK", help="babilong, recall or text; by default the run's.")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAMES", help="BABILong tasks, such as qa1,qa2; by default the run's.")
     ] = None,
@@ -23,12 +25,16 @@ def evaluate(
     ] = "0k,1k,2k,4k",
     segments: Annotated[str, typer.Option(metavar="LIST", help="Recall: numbers of segments.")] = "2,4,8",
     samples: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Samples of each length. [100; recall: 512]")
+        int | None, typer.Option(metavar="N", min=2, help="Samples of each length; text: documents. [100; recall: 512]")
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="BABILong: samples read side by side.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="BABILong, text: samples read side by side.")
+    ] = 16,
     data: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder with bAbI and books; else the run's, or $MNEMIC_DATA."),
+        typer.Option(
+            metavar="DIR", help="Folder with bAbI and books, or prepared text; else the run's or $MNEMIC_DATA."
+        ),
     ] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="BABILong: test, validation or train.")] = "test",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the samples.")] = 1,
@@ -37,20 +43,24 @@ def evaluate(
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all by default.")] = None,
 ) -> None:
-    """Measure a trained model: accuracy with its 95% interval.
+    """Measure a trained model: accuracy, or loss on held-out text, with its 95% interval.
 
     babilong: questions about facts hidden in long texts, scored by the official rule and by the fixed one (which
     does not count a right word in a wrong place). Lengths count tokens of the model's own tokenizer.
     recall: by the number of segments and the distance of the fact in segments; the chance level is printed.
+    text: loss and perplexity on the documents that mnemic prepare --validation-fraction kept apart, once with the
+    state carried through a document and once with a new state for every segment, over the same tokens.
 
     \b
     Examples:
       mnemic eval runs/lm2
       mnemic eval runs/lm2 --tasks qa1,qa2 --lengths 0k,1k,8k --samples 400
       mnemic eval runs/recall --segments 2,4,8,16
+      mnemic eval runs/texts --samples 200
 
     \b
-    Reads:   RUN (model, tokenizer, experiment.toml); DIR, if given: babi-v1.2/ and gutenberg-books/.
+    Reads:   RUN (model, tokenizer, experiment.toml); DIR, if given: babi-v1.2/ and gutenberg-books/, or what mnemic
+             prepare wrote.
     Writes:  RUN/results-TASK.json: settings, versions, scores, every answer; beside it the settings as .toml.
     """
     import torch
@@ -79,10 +89,15 @@ def evaluate(
         "samples": samples or SAMPLES[task],
         "seed": seed,
     }
+    held_out: list[Any] = []
     if task == "recall":
         if experiment is None or experiment.task != "recall":
             raise ConfigError(f"{folder} was not trained on recall: its {SETTINGS} gives no sizes of the task.")
         resolved["segments"] = list(numbers(segments, "--segments"))
+    elif task == "text":
+        resolved["data"] = data if data is not None else experiment.data if experiment else None
+        resolved["batch_size"] = batch_size
+        held_out = _held_out(folder, resolved)
     else:
         resolved["tasks"] = (
             list(words(tasks, "--tasks")) if tasks else list(experiment.tasks if experiment else ("qa1",))
@@ -100,7 +115,10 @@ def evaluate(
         torch.set_num_threads(threads)
     model = placed(mnemic.load(folder))
     started = time.perf_counter()
-    found = _recall(model, experiment, resolved) if task == "recall" else _babilong(model, folder, resolved)
+    if task == "text":
+        found = _text_loss(model, held_out, resolved)
+    else:
+        found = _recall(model, experiment, resolved) if task == "recall" else _babilong(model, folder, resolved)
     base = base_model(model)
     result = {
         "settings": resolved,
@@ -140,6 +158,40 @@ def _check_babilong(settings: dict[str, Any]) -> None:
         raise UnknownNameError.of("split", settings["split"], babi.SPLITS)
 
 
+def _held_out(folder: Path, settings: dict[str, Any]) -> list[Any]:
+    """Held-out documents of the data, of each part its share, in an order that the seed shuffles."""
+    from itertools import islice
+
+    from ..core.errors import ConfigError, DataError
+    from ..training import Mixture
+    from ..training.mixture import is_prepared
+    from ..training.shards import VALIDATION
+    from ..training.tokenizer import tokenizer_fingerprint
+    from ._shared import tokenizer
+
+    data = settings["data"]
+    if data is None or not is_prepared(data):
+        raise ConfigError(
+            f"{data or folder}: text is measured on documents kept apart; prepare them with mnemic prepare "
+            "--validation-fraction X and name the folder with --data."
+        )
+    mixture = Mixture.open(data, split=VALIDATION, seed=settings["seed"])
+    if tokenizer_fingerprint(tokenizer(folder)) != mixture.parts[0].store.fingerprint:
+        raise DataError(
+            f"{data} was prepared with another tokenizer; prepare it with that of the run: --tokenizer {folder}."
+        )
+    settings["samples"] = min(settings["samples"], sum(len(part.store) for part in mixture.parts))
+    chosen = islice(mixture.documents(), settings["samples"])
+    return [mixture.parts[part].store[document] for part, document in chosen]
+
+
+def _text_loss(model: Any, documents: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
+    from ..benchmarks.held_out import evaluate_text, summarise
+
+    records = evaluate_text(model, documents, batch_size=settings["batch_size"], progress=True)
+    return {**summarise(records), "records": records}
+
+
 def _babilong(model: Any, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     from ..benchmarks.babilong import data_folder, open_babilong
     from ..benchmarks.background import named
@@ -171,8 +223,8 @@ def _babilong(model: Any, folder: Path, settings: dict[str, Any]) -> dict[str, A
 
 
 def _recall(model: Any, experiment: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    from ..benchmarks.building import recall_task
     from ..benchmarks.evaluate import evaluate_recall
-    from ..benchmarks.experiment import recall_task
 
     task = recall_task(experiment)
     results = evaluate_recall(
@@ -217,6 +269,14 @@ def _print(task: str, result: dict[str, Any]) -> None:
                       right=("segments", "distance", "accuracy", "samples"))  # fmt: skip
         for s in result["scores"]:
             shown.add_row(str(s["segments"]), str(s["distance"]), _percent(s), str(s["count"]))
+    elif task == "text":
+        title = f"held-out text, {result['documents']:,} documents, {result['tokens']:,} tokens predicted"
+        shown = table(title, "state", "loss", "perplexity", right=("loss", "perplexity"))
+        said = {"carried": "carried through a document", "anew": "new for every segment"}
+        for s in result["scores"]:
+            shown.add_row(said[s["state"]], f"{s['loss']:.4f}", f"{s['perplexity']:,.2f}")
+        interval = "" if result["interval"] is None else f" ± {result['interval']:.4f}"
+        shown.add_row("gain of carrying", f"{result['gain']:.4f}{interval}", "")
     else:
         settings = result["settings"]
         columns = ("tokens", "official rule", "fixed rule", "samples")

@@ -17,7 +17,7 @@ def train(
     tasks: Annotated[str | None, typer.Option(metavar="NAMES", help="BABILong tasks, such as qa1,qa2. [qa1]")] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Folder with bAbI and books, or $MNEMIC_DATA; for text: .txt file(s)."),
+        typer.Option(metavar="PATH", help="Folder with bAbI and books, or $MNEMIC_DATA; text: .txt, or prepared."),
     ] = None,
     segment: Annotated[int | None, typer.Option(metavar="N", help="Tokens of a segment. [64]")] = None,
     segments: Annotated[
@@ -32,6 +32,7 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Any setting; memory.KEY, host.KEY and recall.KEY for parts."),
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
 ) -> None:
     """Train a host with a memory and leave everything in one folder.
 
@@ -41,21 +42,30 @@ def train(
     \b
     Examples:
       mnemic train --memory lm2 --task recall --segment 8 --steps 500 --output runs/recall
-      mnemic train configs/babilong/lm2.toml --steps 2000 --output runs/lm2
+      mnemic train recipes/babilong/lm2.toml --steps 2000 --output runs/lm2
       mnemic train --task babilong --tasks qa1,qa2 --segments 1,2,4,8 --output runs/qa \\
           --set memory.num_slots=32 --set host.hidden_size=256 --set truncation=tail:2
       mnemic train --task text --data book.txt --memory rmt --output runs/book
+      mnemic train recipes/babilong/lm2.toml --steps 2000 --output runs/lm2 --resume
+      mnemic train --task text --data data/texts --set stateful=true --output runs/texts   # from mnemic prepare
 
     \b
-    Reads:   CONFIG.toml; PATH, if given: babi-v1.2/ and gutenberg-books/, or plain text. Without, stories are
-             generated and the background is prose that comes with Python.
-    Writes:  DIR/experiment.toml (every setting), log.json (what was logged, seconds, versions), the model, its
-             tokenizer, and mnemic.json. `mnemic eval DIR` and `mnemic stream DIR` read them.
+    Reads:   CONFIG.toml; PATH, if given: babi-v1.2/ and gutenberg-books/, plain text, a folder that mnemic prepare
+             wrote, or a mixture of such folders as TOML. Without, stories are generated and the background is prose
+             that comes with Python.
+    Writes:  DIR/experiment.toml (every setting), log.json (what was logged, seconds, versions), summary.json,
+             curves.png, runs/ (for TensorBoard), checkpoints, the model, its tokenizer, and mnemic.json.
+             `mnemic eval DIR` and `mnemic stream DIR` read them.
+
+    Killed runs go on with the same command and --resume, to the same weights. SIGTERM and Ctrl-C save and exit 0; a
+    second one stops at once.
     """
     import torch
 
-    from ..benchmarks.experiment import LOG, SETTINGS, Experiment, run
+    from ..benchmarks.experiment import LOG, SETTINGS, Experiment
+    from ..benchmarks.runs import run
     from ..core.errors import ConfigError, InputError
+    from ..training.checkpoints import checkpoints
     from ._shared import numbers, quiet, settings, words
 
     quiet()
@@ -88,19 +98,30 @@ def train(
         raise InputError(f"{output} holds a model that no run of mnemic train wrote; choose another folder.")
     if threads is not None:
         torch.set_num_threads(threads)
-    log = run(experiment, output, progress=sys.stderr.isatty(), announce=lambda model: _announce(experiment, model))
+    if resume and not checkpoints(output):
+        typer.echo(f"{output} has no checkpoint; the run starts from its beginning.", err=True)
+
+    def announce(model: Any) -> None:
+        _announce(experiment, model)
+
+    log = run(experiment, output, progress=sys.stderr.isatty(), announce=announce, resume=resume)
+    if "stopped" in log:
+        typer.echo(
+            f"Stopped by {log['stopped']['signal']} after step {log['stopped']['step']}, and saved. Go on: the same "
+            "command with --resume."
+        )
+        return
     _summarise(experiment, log, output)
 
 
 def tokens_expected(experiment: Any) -> int:
-    """Tokens of the whole run, on average over the random numbers of segments."""
+    """Tokens of the whole run, on average over the random numbers of segments; padding of short documents counts."""
     stages, per_stage = experiment.most_segments, experiment.law().stage_batches
     total = 0.0
     for i, most in enumerate(stages):
-        steps = min(per_stage, max(experiment.steps - i * per_stage, 0))
-        if i == len(stages) - 1:
-            steps = max(experiment.steps - i * per_stage, 0)
-        total += steps * (experiment.least_segments + most) / 2
+        left = max(experiment.steps * experiment.gradient_accumulation - i * per_stage, 0)
+        batches = left if i == len(stages) - 1 else min(per_stage, left)
+        total += batches * (most if experiment.stateful else (experiment.least_segments + most) / 2)
     return round(total * experiment.batch_size * experiment.segment)
 
 
@@ -123,12 +144,13 @@ def _announce(experiment: Any, model: Any) -> None:
     report = parameter_report(model)
     name = experiment.task if experiment.task != "babilong" else f"babilong {', '.join(experiment.tasks)}"
     most = "->".join(map(str, experiment.most_segments))
+    drawn = f"rows read on and on, {most}" if experiment.stateful else f"{experiment.least_segments} to {most}"
     device = "cuda" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     for label, said in (
         ("memory", f"{experiment.memory}, {report['memory']['total']:,} parameters"),
         ("host", f"{experiment.host}, {report['host']['total']:,} parameters"),
         ("task", f"{name}; {_source(experiment)}"),
-        ("samples", f"{experiment.least_segments} to {most} segments of {experiment.segment} tokens"),
+        ("samples", f"{drawn} segments of {experiment.segment} tokens"),
         ("run", f"{experiment.steps:,} steps of {experiment.batch_size}, about {tokens_expected(experiment):,} tokens"),
         ("on", device),
     ):
@@ -148,11 +170,42 @@ def _source(experiment: Any) -> str:
 
 
 def _summarise(experiment: Any, log: dict[str, Any], output: Path) -> None:
-    losses = [entry["loss"] for entry in log["history"] if "loss" in entry]
-    loss = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
-    speed = tokens_expected(experiment) / max(log["seconds"], 0.1)
-    typer.echo(f"Trained: {loss}{log['seconds']:,} s, about {speed:,.0f} tokens/s. Run folder: {output}")
-    typer.echo(f"Next: {_next(output) if experiment.task != 'text' else f'mnemic stream {output}'}")
+    summary = log["summary"]
+    _tables(summary)
+    loss = summary["loss"]
+    losses = f"loss {loss['first']:.3f} -> {loss['last']:.3f}, " if loss else ""
+    typer.echo(f"Trained: {losses}{log['seconds']:,} s. Run folder: {output}")
+    if "not written" in log:
+        typer.echo(log["not written"], err=True)
+    measured = experiment.task != "text" or experiment.prepared
+    typer.echo(f"Next: {_next(output) if measured else f'mnemic stream {output}'}")
+
+
+def _tables(summary: dict[str, Any]) -> None:
+    """Speed and peak memory, and the last diagnostics of the memory, a row for each block."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def said(value: Any, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    console, speed = Console(stderr=True), Table(show_header=False)
+    memory = summary["peak_memory_bytes"]
+    for label, text in (
+        ("tokens a second", said(summary["tokens_per_second"], ",.0f")),
+        ("operations a token, counted", said(summary["operations_per_token"], ",.0f")),
+        ("utilisation", f"{said(summary['utilisation'], '.1%')} of {summary['peak']['of']}"),
+        ("peak memory", "-" if memory is None else f"{memory / 2**20:,.0f} MiB"),
+    ):
+        speed.add_row(label, text)
+    console.print(speed)
+    blocks = summary["memory"]
+    if blocks:
+        names = list(dict.fromkeys(name for values in blocks.values() for name in values))
+        table = Table("block", *names)
+        for block, values in blocks.items():
+            table.add_row(block, *(said(values.get(name), ".4g") for name in names))
+        console.print(table)
 
 
 def _next(output: Path) -> str:

@@ -9,6 +9,7 @@ from .errors import (
     MissingExtraError,
     MnemicError,
     StateError,
+    TrainingError,
     UnknownNameError,
     UnsupportedError,
 )
@@ -18,6 +19,7 @@ from .state import State
 
 __all__ = [
     "ConfigError", "DataError", "FileFormatError", "HostError", "HostSpec", "InputError", "Memory", "MemoryConfig",
-    "MissingExtraError", "MnemicError", "Segment", "State", "StateError", "Trace", "UnknownNameError",
-    "UnsupportedError", "config_from_dict", "memory_class", "memory_config", "memory_family", "memory_names", "option",
+    "MissingExtraError", "MnemicError", "Segment", "State", "StateError", "Trace", "TrainingError",
+    "UnknownNameError", "UnsupportedError", "config_from_dict", "memory_class", "memory_config", "memory_family",
+    "memory_names", "option",
 ]  # fmt: skip

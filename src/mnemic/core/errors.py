@@ -59,3 +59,7 @@ class UnsupportedError(MnemicError, NotImplementedError):
 
 class MissingExtraError(MnemicError, ImportError):
     """An optional dependency that is not installed."""
+
+
+class TrainingError(MnemicError, RuntimeError):
+    """A training run that cannot go on: a loss that is no number, or no memory left."""

@@ -60,7 +60,7 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _flush_folder(folder)
+        flush_folder(folder)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"Could not write {path}: {error}. The previous file, if any, is untouched; free some space or choose "
@@ -124,7 +124,8 @@ def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Make renames in `folder` last."""
     # The rename itself must reach the disk; folders cannot be opened for this on Windows.
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..core.errors import UnsupportedError
 from ..core.step import AttentionCall
 from ..ops.rotary import rotate, unrotate
 from .frame import current, running
@@ -128,6 +129,11 @@ class HostAccess:
 
     def project(self, hidden: Tensor, layer: int, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
         attention, capture = self.attentions[layer], Capture(current())
+        if hasattr(next(attention.parameters()), "full_tensor"):
+            raise UnsupportedError(
+                f"This memory uses the projections of layer {layer} while the layer is not running, and FSDP2 gathers "
+                "their weights only then. Train replicas (DDP) instead."
+            )
         given: dict[str, Any] = {"attention_mask": None}
         free = torch.zeros(1, hidden.shape[1], dtype=torch.long, device=hidden.device)
         turned = self.rotary(free if places is None else places, layer)

@@ -6,20 +6,33 @@ tolerance, because files move between float32, bfloat16 and float16. LoRA weight
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.errors import StateError
+from ..core.errors import HostError, StateError
 
 _SAMPLES = 64
 _TOLERANCE = 5e-3
 
 
-def fingerprint(model: nn.Module, part: str) -> dict[str, Any]:
-    """Fingerprint of `part`: "host" or "memory"."""
-    weights = _weights(model, part)
+def fingerprint(model: nn.Module, part: str, weights: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """Fingerprint of `part`: "host" or "memory".
+
+    Args:
+        weights: all of the model's by name, for a model whose own are sharded over processes; None for its own.
+
+    Raises:
+        HostError: the weights are shards.
+    """
+    weights = _weights(model.state_dict(keep_vars=True) if weights is None else weights, part)
+    if any(hasattr(w, "full_tensor") for w in weights.values()):
+        raise HostError(
+            f"The weights of this {type(model).__name__} are sharded over processes; save it on all of them with "
+            "trainer.save_model, which gathers them first."
+        )
     structure = hashlib.sha256()
     for name, weight in weights.items():
         structure.update(f"{name}:{tuple(weight.shape)};".encode())
@@ -51,9 +64,9 @@ def check_fingerprint(model: nn.Module, part: str, stored: Any, what: str) -> No
         )
 
 
-def _weights(model: nn.Module, part: str) -> dict[str, torch.Tensor]:
+def _weights(named: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
     found = {}
-    for name, weight in sorted(model.state_dict(keep_vars=True).items()):
+    for name, weight in sorted(named.items()):
         if "lora_" in name or name.startswith("memory.") != (part == "memory"):
             continue
         found[name.replace(".base_layer", "")] = weight

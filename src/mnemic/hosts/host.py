@@ -6,7 +6,7 @@ on each, and threads the state: in training as a value that enters a segment and
 cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from .anatomy import token_embeddings
 from .cache import MemoryCache
 from .inputs import check_tokens
 from .layout import Layout
-from .segments import LogitsCollector, Piece, align, cut, next_piece
+from .replay import check_replay, read_replayed
+from .segments import LogitsCollector, Piece, Reading, align, cut, next_piece
 from .steps import MemorySteps
 
 if TYPE_CHECKING:
@@ -55,8 +56,11 @@ class MemoryHost(MemorySteps):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         memory_state: State | None = None,
+        memory_reset: Tensor | None = None,
         truncation: Truncation | None = None,
+        replay: bool = False,
         memory_diagnostics: bool = False,
+        memory_sink: Callable[["MemoryOutput"], object] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MemoryOutput | tuple:
@@ -71,7 +75,11 @@ class MemoryHost(MemorySteps):
             labels: (B, Q), -100 to ignore; the loss is the host's own, over all segments joined.
             use_cache: return a cache to read on from; by default as the host's config says, never under autograd.
             memory_state: the state to start from instead of a new one (training across calls).
+            memory_reset: (B,) bool; these rows start from a new state all the same.
             truncation: where gradients through the state stop; None for everywhere in this call.
+            replay: keep the activations of one segment only and run each again in the backward pass, for the same
+                loss and gradients. Needs labels; the output has no logits.
+            memory_sink: called with the output: DDP and mixed precision return another one, made of its fields only.
 
         Raises:
             InputError: shapes, dtypes or ids that cannot be read. StateError: a state of another memory or width.
@@ -90,9 +98,9 @@ class MemoryHost(MemorySteps):
                 "output_hidden_states and output_attentions are not joined over segments; read them with a forward "
                 "hook on the layer of interest."
             )
+        given = check_replay(self, labels, logits_to_keep, persistent) if replay else None
         cache = MemoryCache(self.mnemic.layout) if cache is None else cache
-        carried = memory_state is not None
-        self._start(cache, tokens.shape[0], memory_state)
+        carried = self._start(cache, tokens.shape[0], memory_state, memory_reset)
         cache.columns_given += tokens.shape[1]
 
         aligned = align(tokens, attention_mask, cache.finished)
@@ -102,40 +110,34 @@ class MemoryHost(MemorySteps):
                 f"row and cannot decode token by token; got rows of {aligned.lengths.tolist()} tokens."
             )
         layout = self._layout_for(cache, aligned.lengths, persistent)
-        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        collector = LogitsCollector(aligned, keep)
-        offset, commits = (torch.zeros_like(aligned.lengths) for _ in range(2))
-        total = -(-(cache.open % layout.every + aligned.lengths) // layout.every)
-        found: list[dict[str, Tensor]] = []
-        extra: list[Tensor] = []
-        checkpointing = self._checkpointing()
-        while bool((offset < aligned.lengths).any()):
-            piece = next_piece(cache, layout, offset, aligned.lengths, persistent)
-            if checkpointing and not piece.fresh:
-                raise UnsupportedError(
-                    "Activation checkpointing in training drops the cache that this call needs: it reads on from an "
-                    "earlier call, or writes within a segment (update_every). Turn checkpointing off, or call eval() "
-                    "before generating."
-                )
-            if truncation is not None and (carried or bool(commits.any())):
-                entering = (piece.take > 0) & (cache.open % layout.every == 0) & (carried | (commits > 0))
-                self._cut(cache, truncation.cuts(commits, total) & entering)
-            logits, segment, losses = self._read(
-                cache, layout, piece, cut(aligned.tokens, piece), collector.first_needed(piece), persistent,
-                memory_diagnostics,
-            )  # fmt: skip
-            extra += losses.values()
-            if logits is not None:
-                collector.add(logits, piece, piece.width - logits.shape[1])
-            self._advance(cache, layout, piece, segment, found if memory_diagnostics else None)
-            offset, commits = offset + piece.take, commits + piece.done.long()
-        logits, last = collector.result()
-        if persistent:
-            cache.last_logits = last if cache.last_logits is None else self._keep_last(cache, last, aligned.lengths)
-        if not isinstance(logits_to_keep, int):
-            logits = logits[:, logits_to_keep]
-        loss = None if labels is None else self._loss(logits, labels, **kwargs)
-        memory_loss = torch.stack(extra).sum() if extra else None
+        call = Reading(
+            aligned=aligned,
+            layout=layout,
+            persistent=persistent,
+            carried=carried,
+            truncation=truncation,
+            checkpointing=self._checkpointing(),
+            diagnosing=memory_diagnostics,
+            total=-(-(cache.open % layout.every + aligned.lengths) // layout.every),
+            offset=torch.zeros_like(aligned.lengths),
+            commits=torch.zeros_like(aligned.lengths),
+        )
+        logits = None
+        if given is not None:
+            loss, memory_loss = read_replayed(self, cache, call, *given, **kwargs)
+        else:
+            collector = LogitsCollector(aligned, logits_to_keep if isinstance(logits_to_keep, int) else 0)
+            while call.unread:
+                piece, part = self._read_on(cache, call, collector.first_needed)
+                if part is not None:
+                    collector.add(part, piece, piece.width - part.shape[1])
+            logits, last = collector.result()
+            if persistent:
+                cache.last_logits = last if cache.last_logits is None else self._keep_last(cache, last, aligned.lengths)
+            if not isinstance(logits_to_keep, int):
+                logits = logits[:, logits_to_keep]
+            loss = None if labels is None else self._loss(logits, labels, **kwargs)
+            memory_loss = torch.stack(call.losses).sum() if call.losses else None
         output = MemoryOutput(
             loss=loss if loss is None or memory_loss is None else loss + memory_loss,
             logits=logits,
@@ -143,11 +145,36 @@ class MemoryHost(MemorySteps):
         )
         output.memory_state, output.memory_loss = cache.state, memory_loss
         if memory_diagnostics:
-            names = sorted({name for one in found for name in one})
+            names, found = sorted({name for one in call.found for name in one}), call.found
             output.memory_diagnostics = {n: torch.stack([one[n] for one in found if n in one]).mean() for n in names}
+        if memory_sink is not None:
+            memory_sink(output)
         return output if return_dict is not False else output.to_tuple()
 
-    # After a step
+    # A step
+
+    def _read_on(
+        self, cache: MemoryCache, call: Reading, wanted: Callable[[Piece], int | None]
+    ) -> tuple[Piece, Tensor | None]:
+        """Read the next piece of every row. Returns it, and its logits from text position `wanted(piece)` on."""
+        layout, truncation = call.layout, call.truncation
+        piece = next_piece(cache, layout, call.offset, call.aligned.lengths, call.persistent)
+        if call.checkpointing and not piece.fresh:
+            raise UnsupportedError(
+                "Activation checkpointing in training drops the cache that this call needs: it reads on from an "
+                "earlier call, or writes within a segment (update_every). Turn checkpointing off, or call eval() "
+                "before generating."
+            )
+        if truncation is not None:
+            entering = (piece.take > 0) & (cache.open % layout.every == 0) & (call.carried | (call.commits > 0))
+            self._cut(cache, truncation.cuts(call.commits, call.total) & entering)
+        logits, segment, losses = self._read(
+            cache, layout, piece, cut(call.aligned.tokens, piece), wanted(piece), call.persistent, call.diagnosing
+        )
+        call.losses += losses.values()
+        self._advance(cache, layout, piece, segment, call.found if call.diagnosing else None)
+        call.offset, call.commits = call.offset + piece.take, call.commits + piece.done.long()
+        return piece, logits
 
     def _advance(self, cache: MemoryCache, layout: Layout, piece: Piece, segment: Segment, found: list | None) -> None:
         """Move the rows on, commit those that reached a commit, close the segments that are complete."""
@@ -206,7 +233,14 @@ class MemoryHost(MemorySteps):
 
     # Around the loop
 
-    def _start(self, cache: MemoryCache, batch: int, memory_state: State | None) -> None:
+    def _start(self, cache: MemoryCache, batch: int, memory_state: State | None, memory_reset: Tensor | None) -> Tensor:
+        """Give a new cache its state. Returns the rows that start from `memory_state`, (B,) bool on the CPU."""
+        anew = torch.full((batch,), memory_state is None) if memory_reset is None else memory_reset.cpu()
+        if anew.shape != (batch,) or anew.dtype != torch.bool or (memory_state is None and not bool(anew.all())):
+            raise InputError(
+                f"memory_reset {anew.tolist()}: expected ({batch},) bool, true wherever there is no memory_state to "
+                "start from."
+            )
         if batch > 1 and not self.memory.batch_safe:
             raise UnsupportedError(f"The memory {self.memory.name!r} reads one row at a time; got {batch}.")
         if not cache.started:
@@ -215,13 +249,15 @@ class MemoryHost(MemorySteps):
                 first._check_same(memory_state)
                 if memory_state.batch_size not in (None, batch):
                     raise InputError(f"memory_state has {memory_state.batch_size} rows, the input {batch}.")
-            cache.start(first if memory_state is None else memory_state, batch)
-        elif memory_state is not None:
+                first = memory_state if not bool(anew.any()) else memory_state.where(anew, first)
+            cache.start(first, batch)
+        elif memory_state is not None or memory_reset is not None:
             raise InputError("Give either past_key_values or memory_state: the cache already holds a state.")
         elif cache.batch_size != batch:
             raise InputError(f"The cache holds {cache.batch_size} rows, the input {batch}.")
         elif cache.layout is not self.mnemic.layout:
             self._check_cache(cache)
+        return ~anew
 
     def _check_cache(self, cache: MemoryCache) -> None:
         assert cache.state is not None
@@ -294,7 +330,7 @@ class MemoryHost(MemorySteps):
 
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            write_header(self, save_directory)
+            write_header(self, save_directory, kwargs.get("state_dict"))
 
 
 def _rows_of(segment: Segment, rows: Tensor) -> Segment:

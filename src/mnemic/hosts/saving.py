@@ -7,6 +7,7 @@ under `memory.`, and `mnemic.json`. `load` takes either.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,8 @@ def check_owner(base: Any, header: dict[str, Any], what: str) -> None:
     check_fingerprint(base, "memory", header["memory_fingerprint"], what)
 
 
-def describe(base: Any) -> dict[str, Any]:
-    """What identifies an attached model in the header of a file."""
+def describe(base: Any, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What identifies an attached model in the header of a file; weights: see `fingerprint`."""
     return {
         "memory": base.memory.config.to_dict(),
         "segment": base.mnemic.layout.segment,
@@ -134,15 +135,15 @@ def describe(base: Any) -> dict[str, Any]:
             "class": base.mnemic.host_class.__name__,
             "name": getattr(base.config, "_name_or_path", "") or "",
             "revision": getattr(base.config, "_commit_hash", None),
-            "fingerprint": fingerprint(base, "host"),
+            "fingerprint": fingerprint(base, "host", weights),
         },
         "versions": {"transformers": transformers.__version__},
     }
 
 
-def write_header(base: Any, folder: str | os.PathLike) -> None:
-    """`mnemic.json`, beside a host saved whole."""
-    header = {**describe(base), "kind": "whole", "format_version": FORMAT_VERSION}
+def write_header(base: Any, folder: str | os.PathLike, weights: Mapping[str, Tensor] | None = None) -> None:
+    """`mnemic.json`, beside a host saved whole; weights: see `fingerprint`."""
+    header = {**describe(base, weights), "kind": "whole", "format_version": FORMAT_VERSION}
     text = json.dumps(header, indent=2)
     replace_atomically(Path(folder) / HEADER, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

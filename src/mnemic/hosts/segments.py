@@ -5,12 +5,13 @@ tokens of a row next to each other), so either padding side, holes and ended row
 where everything came from.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.truncation import Truncation
 from .cache import MemoryCache
 from .layout import Layout
 
@@ -126,6 +127,34 @@ def columns_of(cache: MemoryCache, layout: Layout, piece: Piece, device: torch.d
     if piece.write:
         parts.append((layout.text + layout.segment + torch.arange(layout.write)).expand(rows, -1))
     return torch.cat(parts, dim=1).to(device)
+
+
+@dataclass
+class Reading:
+    """One call on its way: how it is read, and how far its rows have come.
+
+    persistent: a cache is kept for later calls. carried: (B,) rows whose state comes from an earlier call.
+    checkpointing: the host's layers will be replayed. diagnosing: diagnostics are asked for. total: (B,) stretches
+    between commits of each row. offset, commits: (B,) tokens read and commits made. found: the diagnostics of each
+    commit. losses: the memory's own, scalars.
+    """
+
+    aligned: Aligned
+    layout: Layout
+    persistent: bool
+    carried: Tensor
+    truncation: Truncation | None
+    checkpointing: bool
+    diagnosing: bool
+    total: Tensor
+    offset: Tensor
+    commits: Tensor
+    found: list[dict[str, Tensor]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+
+    @property
+    def unread(self) -> bool:
+        return bool((self.offset < self.aligned.lengths).any())
 
 
 class LogitsCollector:

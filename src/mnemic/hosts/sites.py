@@ -52,9 +52,8 @@ class BlockSite(Site):
     """A decoder block: makes the frame current, and lets the memory at its input and output."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        frame = kwargs.get(KEYWORD)
-        if frame is None:
-            frame = current()
+        carried = kwargs.get(KEYWORD)
+        frame = current() if carried is None else carried.frame
         if frame is None:
             return self.own(*args, **kwargs)
         memory, step = frame.memory, frame.at(self.layer)
@@ -136,9 +135,9 @@ class LastHiddenHook:
     """Forward hook of the module that runs the layers: keeps its last hidden state."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        frame = kwargs.get(KEYWORD)
-        if frame is not None:
-            frame.hidden = output[0]
+        carried = kwargs.get(KEYWORD)
+        if carried is not None:
+            carried.frame.hidden = output[0]
 
 
 def install_sites(host: str, memory: Memory, anatomy: Anatomy) -> list[Site]:

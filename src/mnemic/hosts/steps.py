@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core.errors import InputError
+from ..core.errors import InputError, UnsupportedError
 from ..core.memory import Memory, Segment, Trace
 from ..core.state import State
 from ..core.step import Frame
 from .attention import HostAccess
 from .cache import MemoryCache, SegmentKV
-from .frame import KEYWORD, running
+from .frame import KEYWORD, Carried, running
 from .generation import MemoryGeneration
 from .inputs import check_vocabulary
 from .layout import Layout, as_attention_mask
 from .segments import Piece, columns_of, next_piece
+from .sharded import is_sharded, tie
 from .sites import Site
 
 Spans = dict[str, tuple[str, int] | None]
@@ -150,6 +151,8 @@ class MemorySteps(MemoryGeneration):
         step = attached.step or self._segment_step
         mask = view.mask(attached.spans, attached.backend, self.dtype)
         logits, frame = step(given, frame, view.positions(), mask, kv, keep)
+        if is_sharded(self):
+            tie(logits, frame)
         ahead = frame.num_read
         trace = {
             i: {n: t[:, ahead : ahead + piece.width] for n, t in layer.items()} for i, layer in frame.trace.items()
@@ -185,7 +188,7 @@ class MemorySteps(MemoryGeneration):
                 past_key_values=kv,
                 use_cache=kv is not None,
                 logits_to_keep=logits_to_keep,
-                **{KEYWORD: frame},
+                **{KEYWORD: Carried(frame)},
             )
         return output.logits, frame
 
@@ -280,6 +283,11 @@ class MemorySteps(MemoryGeneration):
 
     def _write_pass(self, state: State, reads: State, embeddings: Tensor, start: Tensor) -> dict[int, Trace]:
         """What the memory keeps when the segment runs a second time, for writing; reads: `Memory.prepare` of state."""
+        if is_sharded(self):
+            raise UnsupportedError(
+                f"The memory {self.memory.name!r} runs the layers a second time, and nothing reads what comes out, "
+                "so FSDP2 would not gather their weights for the backward pass. Train replicas (DDP) instead."
+            )
         given = self.memory.write_input(state, embeddings)
         count = torch.arange(given.shape[1], device=given.device)[None]
         frame = Frame(self.memory, state, reads, host=self.mnemic.access, writing=True, training=self.training)
@@ -291,7 +299,7 @@ class MemorySteps(MemoryGeneration):
                 attention_mask=None,
                 position_ids=positions.expand(given.shape[0], -1),
                 use_cache=False,
-                **{KEYWORD: frame},
+                **{KEYWORD: Carried(frame)},
             )
         return frame.trace
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Gamma = Literal["delta", "one"]
 
@@ -39,10 +40,46 @@ def dpfp(x: Tensor, nu: int = 3) -> Tensor:
     width = 2 * x.shape[-1]
     if not 1 <= nu <= width:
         raise ValueError(f"dpfp: nu = {nu} for vectors of width {x.shape[-1]}; expected 1 <= nu <= {width}.")
+    if torch.compiler.is_compiling():
+        # A compiler fuses the plain form by itself.
+        return naive_dpfp(x, nu)
+    return _DPFP.apply(x, nu)  # pyright: ignore[reportReturnType]
+
+
+def naive_dpfp(x: Tensor, nu: int = 3) -> Tensor:
+    """Reference of `dpfp`."""
     u = torch.cat([x, -x], dim=-1).relu()
-    # Every roll is a view of this one wrapped copy; measured faster than rolls, an index or an unfolded product.
-    wrapped = torch.cat([u[..., width - nu :], u], dim=-1)
-    return torch.cat([u * wrapped[..., nu - r : nu - r + width] for r in range(1, nu + 1)], dim=-1)
+    return torch.cat([u * u.roll(r, -1) for r in range(1, nu + 1)], dim=-1)
+
+
+class _DPFP(torch.autograd.Function):
+    """`dpfp` in few passes over memory: autograd would fill a tensor with zeros for the gradient of every roll."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, nu: int) -> Tensor:
+        width = 2 * x.shape[-1]
+        u = torch.cat([x, -x], dim=-1).relu_()
+        # Every roll is a view of this one wrapped copy.
+        wrapped = torch.cat([u[..., width - nu :], u], dim=-1)
+        out = x.new_empty(*x.shape[:-1], nu * width)
+        for r, part in enumerate(out.split(width, -1), 1):
+            torch.mul(u, wrapped[..., nu - r : nu - r + width], out=part)
+        ctx.save_for_backward(wrapped)
+        ctx.nu = nu
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (wrapped,), nu = ctx.saved_tensors, ctx.nu
+        u = wrapped[..., nu:]
+        width, total = u.shape[-1], torch.zeros_like(u)
+        for r, part in enumerate(grad.split(width, -1), 1):
+            total.addcmul_(part, wrapped[..., nu - r : nu - r + width])
+            total[..., : width - r].addcmul_(part[..., r:], u[..., r:])
+            total[..., width - r :].addcmul_(part[..., :r], u[..., :r])
+        positive, negative = total.mul_(u > 0).chunk(2, -1)
+        return positive - negative, None
 
 
 def read(features: Tensor, matrix: Tensor, normaliser: Tensor, eps: float = 1e-5) -> Tensor:
@@ -59,7 +96,8 @@ def read(features: Tensor, matrix: Tensor, normaliser: Tensor, eps: float = 1e-5
     _check(matrix, normaliser)
     with torch.autocast(matrix.device.type, enabled=False):
         features = features.to(matrix.dtype)
-        return (features @ matrix.mT) / ((features @ normaliser.unsqueeze(-1)) + eps)
+        # A product with the reciprocal has a shorter backward pass than a quotient.
+        return (features @ matrix.mT) * (features @ normaliser.unsqueeze(-1) + eps).reciprocal()
 
 
 def write(

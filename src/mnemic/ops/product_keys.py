@@ -94,8 +94,7 @@ def expert_gather(rows: Tensor, weights: Tensor, x: Tensor, down: Tensor, up: Te
 
     Returns: (..., d_v) in the dtype of `weights`.
     """
-    hidden: Tensor = _RowDots.apply(rows, x, down, sparse)  # pyright: ignore[reportAssignmentType]
-    return gather(rows, weights * F.gelu(hidden), up, sparse)
+    return gather(rows, weights * F.gelu(_row_dots(rows, x, down, sparse)), up, sparse)
 
 
 def expert_lookup(
@@ -192,6 +191,14 @@ def _pairs(k: int, device: torch.device) -> Tensor:
     first = ranks.repeat_interleave(counts, output_size=total)
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=total)
     return torch.stack((first, torch.arange(total, device=device) - starts))
+
+
+def _row_dots(rows: Tensor, x: Tensor, table: Tensor, sparse: bool) -> Tensor:
+    """table[rows] . x, (..., h, k)."""
+    if torch.compiler.is_compiling():
+        # A compiler cannot trace a backward pass that differentiates; it fuses the product with the look-up instead.
+        return (F.embedding(rows, table, sparse=sparse) * x[..., None, None, :]).sum(-1).to(x.dtype)
+    return _RowDots.apply(rows, x, table, sparse)  # pyright: ignore[reportReturnType]
 
 
 class _RowDots(torch.autograd.Function):

@@ -8,22 +8,26 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from ..core.errors import ConfigError, InputError
+from .positions import Positioned
 
 IGNORED = -100
 
 
 class Example(TypedDict):
-    """One sample: token ids and, at the same places, labels (-100 where there is no loss; the model shifts)."""
+    """One sample: token ids and, at the same places, labels (-100 where there is no loss; the model shifts).
+
+    reset: in stateful batches, whether the row begins a document with it.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    reset: NotRequired[bool]
 
 
 def answer_example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
@@ -54,6 +58,10 @@ class SegmentLaw:
                 f"{self.batch} samples a batch, {self.stage_batches} batches a stage: expected at least 1."
             )
 
+    def content(self) -> tuple:
+        """What decides the numbers: without a curriculum, stages are of no account."""
+        return self.least, self.most, self.batch, self.stage_batches if len(self.most) > 1 else None
+
     def draw(self, seed: int) -> Iterator[int]:
         """Endless, one number a sample."""
         rng = random.Random(f"mnemic.segments|{seed}")
@@ -80,7 +88,9 @@ class Collator:
 
         labels = rows([e["labels"] for e in examples], IGNORED)
         first = int((labels != IGNORED).any(0).nonzero().min()) if bool((labels != IGNORED).any()) else 0
+        resets = [e["reset"] for e in examples if "reset" in e]
         return {
+            **({"reset": torch.tensor(resets)} if resets else {}),
             "input_ids": rows([e["input_ids"] for e in examples], self.pad_id),
             "attention_mask": rows([[1] * len(e["input_ids"]) for e in examples], 0),
             "labels": labels,
@@ -89,7 +99,7 @@ class Collator:
         }
 
 
-class TextExamples(IterableDataset):
+class TextExamples(Positioned):
     """Next-token examples: consecutive stretches of documents, a whole number of segments long, round and round.
 
     Args:
@@ -105,11 +115,20 @@ class TextExamples(IterableDataset):
             raise InputError(f"None of {len(documents)} documents has the {segment} tokens of one segment.")
         self.segment, self.law, self.seed = segment, law, seed
 
-    def __iter__(self) -> Iterator[Any]:
+    def _draws(self) -> Iterator[tuple[int, int, int]]:
+        """Document, first token, number of tokens."""
         rng = random.Random(f"mnemic.text|{self.seed}")
+        places = range(len(self.documents))
         for count in self.law.draw(self.seed):
-            document = rng.choice(self.documents)
-            length = min(count * self.segment, len(document))
-            start = rng.randint(0, len(document) - length)
-            ids = list(document[start : start + length])
-            yield Example(input_ids=ids, labels=list(ids))
+            document = rng.choice(places)
+            length = min(count * self.segment, len(self.documents[document]))
+            yield document, rng.randint(0, len(self.documents[document]) - length), length
+
+    def _example(self, drawn: tuple[int, int, int]) -> Example:
+        document, start, length = drawn
+        ids = list(self.documents[document][start : start + length])
+        return Example(input_ids=ids, labels=list(ids))
+
+    def _content(self) -> Iterator[Any]:
+        yield self.segment, self.law.content(), self.seed
+        yield from self.documents

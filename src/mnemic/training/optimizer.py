@@ -1,10 +1,10 @@
 """Optimiser groups: what the host and the parts of a memory are trained with, each parameter in exactly one group."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.errors import ConfigError
@@ -13,13 +13,20 @@ from ..core.memory import Memory
 _KNOWN = ("lr", "lr_scale", "weight_decay")
 
 
-def regroup(optimizer: Optimizer, memory: Memory, learning_rate: float | None = None) -> None:
+def regroup(
+    optimizer: Optimizer,
+    memory: Memory,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    decayed: Container[int] = (),
+) -> None:
     """Move the parameters of `memory` into groups of their own, as `Memory.optimizer_groups` says, in place.
 
     A group with "lr" is constant: it carries "constant_lr", which is put back before every step, whatever the schedule.
 
     Args:
         learning_rate: of the memory's parameters that name none; None for that of the group they were in.
+        weight_decay: the same, for those of the parameters whose id is in `decayed` (norms and biases are not decayed).
 
     Raises:
         ConfigError: the memory names a setting that is unknown, or parameters that it does not have.
@@ -32,12 +39,16 @@ def regroup(optimizer: Optimizer, memory: Memory, learning_rate: float | None = 
         group["params"] = [p for p in group["params"] if id(p) not in ours]
         for parameter in members:
             settings = ours[id(parameter)]
-            one = {**group, "lr": group["lr"] if learning_rate is None else learning_rate}
+            one = {**group, "lr": float(group["lr"]) if learning_rate is None else learning_rate}
             one["lr"] = settings.get("lr", one["lr"] * settings.get("lr_scale", 1.0))
-            one["weight_decay"] = settings.get("weight_decay", group["weight_decay"])
+            own = weight_decay if weight_decay is not None and id(parameter) in decayed else group["weight_decay"]
+            one["weight_decay"] = settings.get("weight_decay", own)
             if "lr" in settings:
                 one["constant_lr"] = settings["lr"]
             key = (i, one["lr"], one["weight_decay"], "lr" in settings)
+            if isinstance(group["lr"], Tensor):
+                # 8-bit optimisers of torchao compile their step: rates are tensors, each group's its own.
+                one["lr"] = group["lr"].new_tensor(one["lr"])
             found.setdefault(key, {**one, "params": []})["params"].append(parameter)
     optimizer.param_groups[:] = [group for group in groups if group["params"]]
     for group in found.values():
@@ -69,4 +80,7 @@ def _settings(memory: Memory) -> list[tuple[nn.Parameter, Mapping[str, float]]]:
 def _keep_constant(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
         if "constant_lr" in group:
-            group["lr"] = group["constant_lr"]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(group["constant_lr"])
+            else:
+                group["lr"] = group["constant_lr"]

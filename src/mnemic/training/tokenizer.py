@@ -1,11 +1,17 @@
-"""A word-level tokenizer for small models trained from scratch: one word or mark, one token."""
+"""Tokenizers made from text, for models trained from scratch: word-level, or byte-level BPE that reads anything."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ..core.errors import ConfigError
+
 SPECIAL = ["<pad>", "<unk>", "<eos>"]
+BYTES = 256
 
 
 def word_tokenizer(texts: Iterable[str], vocab_size: int = 4096, always: Iterable[str] = ()) -> PreTrainedTokenizerFast:
@@ -37,3 +43,45 @@ def listed_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenize
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+
+
+def byte_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2): every text can be read and is given back exactly.
+
+    Args:
+        vocab_size: at most so many tokens: pad and end of text, 256 bytes, the rest merges.
+
+    Raises:
+        ConfigError: a vocabulary that leaves no room for one merge.
+    """
+    special = [SPECIAL[0], SPECIAL[2]]
+    if vocab_size <= len(special) + BYTES:
+        raise ConfigError(
+            f"A byte-level tokenizer of {vocab_size} tokens: {len(special)} special ones and {BYTES} bytes come first; "
+            f"give at least {len(special) + BYTES + 1}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, pad_token=special[0], eos_token=special[1]
+    )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of what decides the ids of a text: equal for a tokenizer and its saved copy."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: Any = tokenizer.get_vocab()
+    if backend is not None:
+        # Padding and truncation are settings of a call, and change while a tokenizer is used.
+        whole = json.loads(backend.to_str())
+        content = {key: value for key, value in whole.items() if key not in ("padding", "truncation", "version")}
+    end = tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps([content, end], sort_keys=True).encode()).hexdigest()

@@ -160,7 +160,9 @@ class LM2(Memory):
         return every
 
     def initial_state(self, batch_size: int) -> State:
-        return State({"bank": self.first_slots.expand(batch_size, *self.first_slots.shape)})
+        # A buffer where the slots are not learned: FSDP2's mixed precision casts parameters only.
+        slots = self.first_slots.to(next(self.query.parameters()).dtype) if self.layers else self.first_slots
+        return State({"bank": slots.expand(batch_size, *slots.shape)})
 
     def prepare(self, state: State, host: Host | None = None) -> dict[str, Tensor]:
         """Keys and values of the slots for every block, (B, blocks, h, N, e)."""
