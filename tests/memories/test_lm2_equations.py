@@ -77,7 +77,7 @@ def test_identity_route_is_the_paper_to_the_letter(query_source):
     names = ("query", "key", "value", "gate_out", "gate_in", "gate_forget")
     with torch.no_grad():
         for name in names:
-            getattr(memory, name).weight.normal_()
+            getattr(memory, name).weight[0].normal_()
     assert all(not bool(getattr(memory, f"bias_{name}").any()) for name in ("out", "in", "forget"))
     (x,), (source,), bank = inputs(memory, 2, 6)
     for m in (bank, memory.initial_state(2)["bank"]):

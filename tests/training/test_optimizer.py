@@ -64,7 +64,7 @@ def test_a_stack_names_the_parameters_of_its_memories(tmp_path):
     found = settings(model, trainer(tmp_path, model).create_optimizer())
     assert set(found) == {n for n, _ in model.named_parameters()}
     assert found["memory.parts.pkm.values.0"] == (0.25, 0.0)
-    assert found["memory.parts.lm2.query.weight"] == (RATE, DECAY)
+    assert found["memory.parts.lm2.query.weight.0"] == (RATE, DECAY)
 
 
 def test_only_what_is_trained_is_grouped(tmp_path):

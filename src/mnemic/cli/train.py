@@ -1,5 +1,6 @@
 """`mnemic train`: one experiment -> a run folder."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,10 +102,16 @@ def train(
     if resume and not checkpoints(output):
         typer.echo(f"{output} has no checkpoint; the run starts from its beginning.", err=True)
 
-    def announce(model: Any) -> None:
-        _announce(experiment, model)
+    # Of several processes (torchrun, accelerate launch) the first one speaks.
+    speaks = os.environ.get("RANK", "0") == "0"
 
-    log = run(experiment, output, progress=sys.stderr.isatty(), announce=announce, resume=resume)
+    def announce(model: Any) -> None:
+        if speaks:
+            _announce(experiment, model)
+
+    log = run(experiment, output, progress=speaks and sys.stderr.isatty(), announce=announce, resume=resume)
+    if not speaks:
+        return
     if "stopped" in log:
         typer.echo(
             f"Stopped by {log['stopped']['signal']} after step {log['stopped']['step']}, and saved. Go on: the same "

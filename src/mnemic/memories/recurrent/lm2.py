@@ -165,7 +165,7 @@ class LM2(Memory):
         return State({"bank": slots.expand(batch_size, *slots.shape)})
 
     def prepare(self, state: State, host: Host | None = None) -> dict[str, Tensor]:
-        """Keys and values of the slots for every block, (B, blocks, h, N, e)."""
+        """Keys and values of the slots by block: "<block>/keys" and "<block>/values", (B, h, N, e)."""
         if not self.layers:
             return {}
         bank, width = state["bank"], self.host.hidden_size
@@ -175,14 +175,18 @@ class LM2(Memory):
             slots = F.rms_norm(bank, (width,))
             w_key = self.slot_norm[:, :, None] * w_key
         keys, values = self._project(slots, w_key), self._project(bank, w_value)
-        heads = self.config.num_heads
-        return {"keys": slot_bank.split_heads(keys, heads), "values": slot_bank.split_heads(values, heads)}
+        found = (("keys", keys), ("values", values))
+        return {
+            f"{i}/{name}": part
+            for name, whole in found
+            for i, part in enumerate(slot_bank.split_heads(whole, self.config.num_heads).unbind(1))
+        }
 
     def residual(self, x: Tensor, source: Tensor, step: Step) -> Tensor:
         i = self._index[step.layer]
         tokens = x if self.config.query_source == "attention" else source
         query = self.query(self._normed(tokens, self.query_norm, i), i)
-        read = slot_bank.read(query, step.read("keys")[:, i], step.read("values")[:, i], self.config.top_k)
+        read = slot_bank.read(query, step.read(f"{i}/keys"), step.read(f"{i}/values"), self.config.top_k)
         part = torch.sigmoid(self.gate_out(read, i) + self.bias_out[i]) * read
         if self.alpha is not None:
             part = self.alpha[i] * part
@@ -193,10 +197,10 @@ class LM2(Memory):
         if not self.layers:
             return state
         banks = list(state["bank"].unbind(1))
-        keys = self.prepare(state)["keys"] if self.config.write_scores == "read" else None
+        reads = self.prepare(state) if self.config.write_scores == "read" else {}
         for layer, i in self._index.items():
             bank = i if self.config.memory_scope == "per_layer" else 0
-            given = None if keys is None else keys[:, i]
+            given = reads.get(f"{i}/keys")
             banks[bank], _ = self._write(banks[bank], i, segment.trace[layer], segment.mask, given)
         return State({"bank": torch.stack(banks, dim=1)})
 
@@ -207,10 +211,10 @@ class LM2(Memory):
         for layer, i in self._index.items():
             bank = i if self.config.memory_scope == "per_layer" else 0
             trace = segment.trace[layer]
-            given = reads["keys"][:, i] if self.config.write_scores == "read" else None
+            given = reads[f"{i}/keys"] if self.config.write_scores == "read" else None
             banks[bank], gates = self._write(banks[bank], i, trace, segment.mask, given)
             query = slot_bank.split_heads(trace["query"], self.config.num_heads)
-            weights = slot_bank.attention_weights(query, reads["keys"][:, i], self.config.top_k)
+            weights = slot_bank.attention_weights(query, reads[f"{i}/keys"], self.config.top_k)
             entropy = torch.special.entr(weights).sum(-1).mean() / max(math.log(self.config.num_slots), 1e-9)
             gate_out = torch.sigmoid(self.gate_out(trace["read"], i) + self.bias_out[i])
             block = {**gates, "gate_out": gate_out, "slot_entropy": entropy, "bank_norm": banks[bank].norm(dim=-1)}
