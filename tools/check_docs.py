@@ -24,7 +24,10 @@ GENERATED = {
     "systems": "mnemic systems --markdown",
     **{
         name: f"python tools/tables.py {name}"
-        for name in ("demo", "bench", "babilong", "aligned", "built", "unbuilt", "retrieval", "replay", "unbiased")
+        for name in (
+            *("demo", "bench", "babilong", "aligned", "built", "unbuilt"),
+            *("retrieval", "replay", "unbiased", "babi", "babi_transfer"),
+        )
     },
 }
 # Run when they stand beside mnemic on a line: a pipe, a redirection.

@@ -1,5 +1,5 @@
-"""Tables for README and docs: demo, bench, babilong, aligned, retrieval, replay and unbiased from the raw numbers under
-results/; built and unbuilt from the systems themselves."""
+"""Tables for README and docs: demo, bench, babilong, aligned, retrieval, replay, unbiased, babi and babi_transfer from
+the raw numbers under results/; built and unbuilt from the systems themselves."""
 
 import json
 import sys
@@ -109,6 +109,24 @@ def unbiased() -> str:
     return table(["encodings kept", "bias", "of it by chance", "spread", "error of one estimate"], rows)
 
 
+def babi() -> str:
+    """Distance of generated bAbI stories to the released ones, and what chance would leave."""
+    rows = [
+        [task, *(f"{one['distance'][what]:.3f} ({one['chance'][what]:.3f})" for what in ("answers", "facts", "back"))]
+        for task, one in read("babi_distributions.json")["tasks"].items()
+    ]
+    return table(["task", "answers", "facts before a question", "facts back to a supporting fact"], rows)
+
+
+def babi_transfer() -> str:
+    """Accuracy on released and generated stories of models trained on the released ones."""
+    rows = [
+        [row["task"], *(f"{row[n]['accuracy']:.1%} ± {row[n]['interval']:.1%}" for n in ("released", "generated"))]
+        for row in sorted(read("babi_transfer.json")["rows"], key=lambda row: int(row["task"].removeprefix("qa")))
+    ]
+    return table(["task", "released test file", "generated"], rows)
+
+
 def built() -> str:
     """Every memory, probed; its limits, and the tests of its equations."""
     from mnemic.cli.systems import all_systems
@@ -162,6 +180,7 @@ def unbuilt() -> str:
 if __name__ == "__main__":
     tables = {
         "demo": demo, "bench": bench, "babilong": babilong, "aligned": aligned, "built": built, "unbuilt": unbuilt,
-        "retrieval": retrieval, "replay": replay, "unbiased": unbiased,
+        "retrieval": retrieval, "replay": replay, "unbiased": unbiased, "babi": babi,
+        "babi_transfer": babi_transfer,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

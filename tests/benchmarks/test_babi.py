@@ -1,5 +1,6 @@
-"""bAbI: the released files, the generator, and the oracle that has to agree with both."""
+"""bAbI: the released files and the generator."""
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -8,9 +9,29 @@ import zipfile
 import pytest
 
 from mnemic.benchmarks import babi, generate, oracle
+from mnemic.benchmarks.babi import words
+from mnemic.benchmarks.babi.files import parse
 from mnemic.core import DataError, InputError, UnknownNameError
 
-GENERATED = ("qa1", "qa2", "qa3")
+CARRYING = ("qa1", "qa2", "qa3")
+# sha256 of 40 samples at seed 5: published results were trained on these stories.
+FROZEN = {
+    "qa1": "f059ab63c51c0548b8a9f054cea42c8b507986ad76f3fcd01d0832d31dffe058",
+    "qa2": "afb21e37139b7fa041d854c47a8f20aa99f14c694fee67b23b166051f0829fbb",
+    "qa3": "798e8ac659f296be53846e424daad8f893940cebd02d5420bf1b4a2d5ccb7585",
+}
+WORDS = sorted(
+    {
+        *words.ACTORS, *words.GIVERS, *words.TOWNSPEOPLE, *words.PLACES, *words.TOWN_PLACES, *words.OBJECTS,
+        *words.COLOURED, *words.SPECIES, *words.COLOURS, *words.PLURALS, *words.PLURALS.values(), *words.SHAPES,
+        *words.CONTAINERS, "chocolate", "box of chocolates",
+        *(form for name in (*words.PETS, *words.NEEDY) for form in (name, name.lower())),
+        *(plural.title() for plural in words.PLURALS.values()),
+    },
+    key=len,
+    reverse=True,
+)  # fmt: skip
+NAME = re.compile(rf"\b({'|'.join(WORDS)})\b")
 STORY = (
     "1 Mary moved to the bathroom.\n2 John went to the hallway.\n3 Where is Mary? \tbathroom\t1\n"
     "4 Daniel went back to the hallway.\n5 Sandra moved to the garden.\n6 Where is Daniel? \thallway\t4\n"
@@ -19,8 +40,7 @@ STORY = (
 
 
 def template(sentence):
-    sentence = re.sub("|".join(babi.PLACES), "L", re.sub("|".join(babi.OBJECTS), "O", sentence))
-    return re.sub("|".join(babi.ACTORS), "P", sentence)
+    return NAME.sub("X", sentence)
 
 
 def write_release(folder, text=STORY):
@@ -58,33 +78,51 @@ def _plain(sample):
     return sample.facts, sample.question, sample.answer, sample.supporting, sample.provenance
 
 
-@pytest.mark.parametrize("task", GENERATED)
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_oracle_answers_every_released_question(data, task, split):
-    for sample in babi.read(data, task, split):
-        assert oracle(task, sample.facts, sample.question) == sample.answer
+@pytest.mark.parametrize("task", FROZEN)
+def test_stories_of_published_results_stay(task):
+    told = [repr((s.facts, s.question, s.answer, s.supporting, s.provenance)) for s in generate(task, 5, "train", 40)]
+    assert hashlib.sha256("\n".join(told).encode()).hexdigest() == FROZEN[task]
 
 
-@pytest.mark.parametrize("task", GENERATED)
-def test_oracle_answers_every_generated_question(task):
-    samples = generate(task, 0, "train", 2000)
-    assert len(samples) == 2000
-    for sample in samples:
-        assert oracle(task, sample.facts, sample.question) == sample.answer
-        # The supporting facts alone say the same, in story order.
-        kept = [sample.facts[i] for i in sorted(sample.supporting)]
-        if task == "qa1":
-            assert oracle(task, kept, sample.question) == sample.answer
+def test_stories_of_the_other_tasks_are_the_same_everywhere():
+    """A change of these stories is a change of every number measured on them: renew the digest only on purpose."""
+    digest = hashlib.sha256()
+    for task in babi.GENERATED_TASKS:
+        if task not in FROZEN:
+            told = [repr((s.facts, s.question, s.answer, s.supporting)) for s in generate(task, 5, "train", 40)]
+            digest.update("\n".join(told).encode())
+    assert digest.hexdigest() == "f0d2209ee96b2793916770f23a9728d1246f60d3a75adf5d7532cddabf0ed63f"
+
+
+@pytest.mark.parametrize("task", CARRYING)
+def test_supporting_facts_are_counted_by_the_task(task):
+    for sample in generate(task, 0, "train", 500):
         assert len(sample.supporting) == int(task[-1])
         assert len(sample.facts) % 2 == 0
 
 
-@pytest.mark.parametrize("task", GENERATED)
+@pytest.mark.parametrize("task", babi.GENERATED_TASKS)
 def test_generator_uses_the_sentences_of_the_release_and_no_others(data, task):
     released = [s for split in ("train", "test") for s in babi.read(data, task, split)]
-    own = generate(task, 1, "train", 1500)
-    for pieces in (lambda s: map(template, s.facts), lambda s: [template(s.question)], lambda s: [s.answer]):
+    own = generate(task, 1, "train", 2000)
+    for pieces in (lambda s: map(template, s.facts), lambda s: [template(s.question)]):
         assert {p for s in own for p in pieces(s)} == {p for s in released for p in pieces(s)}
+    # Lists of three objects are rare: each set may come in other orders.
+    answers = [
+        {",".join(sorted(s.answer.split(","))) if task == "qa8" else s.answer for s in some} for some in (own, released)
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("task", babi.GENERATED_TASKS)
+def test_words_are_those_of_the_release(data, task):
+    released = [s for split in ("train", "test") for s in babi.read(data, task, split)]
+    own = generate(task, 3, "train", 2000)
+    assert _vocabulary(own) == _vocabulary(released)
+
+
+def _vocabulary(samples):
+    return {word for s in samples for text in (*s.facts, s.question) for word in re.findall(r"[\w']+", text)}
 
 
 @pytest.mark.parametrize("task, facts, handled_last", [("qa1", 6.0, None), ("qa2", 15.4, 0.76), ("qa3", 50.5, 0.72)])
@@ -122,9 +160,11 @@ def test_same_seed_same_samples_and_other_processes_agree():
     assert run.stdout.strip() == repr(samples)
 
 
-@pytest.mark.parametrize("task", GENERATED)
+@pytest.mark.parametrize("task", babi.GENERATED_TASKS)
 def test_splits_are_disjoint(task):
-    parts = [{(s.facts, s.question) for s in generate(task, 0, split, 1000)} for split in babi.SPLITS]
+    parts = [
+        {(s.facts, s.question) for s in generate(task, seed, split, 500)} for seed, split in enumerate(babi.SPLITS)
+    ]
     assert not parts[0] & parts[1]
     assert not parts[0] & parts[2]
     assert not parts[1] & parts[2]
@@ -154,29 +194,25 @@ def test_errors_name_the_path_and_the_way_out(tmp_path):
         babi.read(tmp_path / "x.zip", "qa1")
     folder = write_release(tmp_path / "release", STORY.replace("\t", "|"))
     with pytest.raises(DataError, match="is neither"):
-        list(babi._parse("1 fact.\n2 Where?\tx", "qa1", "file"))
+        list(parse("1 fact.\n2 Where?\tx", "qa1", "file"))
     with pytest.raises(DataError, match="has no question"):
         babi.read(folder, "qa1")
     with pytest.raises(DataError, match="no en-10k"):
         babi.read(folder, "qa1", size="en-10k")
     with pytest.raises(DataError, match="no earlier facts"):
-        list(babi._parse("1 A fact.\n2 Where?\tx\t7", "qa1", "file"))
+        list(parse("1 A fact.\n2 Where?\tx\t7", "qa1", "file"))
 
 
 @pytest.mark.parametrize("call", [
-    lambda: babi.read(".", "qa21"), lambda: babi.read(".", "qa1", "validation"), lambda: babi.stream("qa4", 0),
-    lambda: babi.stream("qa1", 0, "dev"), lambda: oracle("qa5", [], ""),
+    lambda: babi.read(".", "qa21"), lambda: babi.read(".", "qa1", "validation"), lambda: babi.stream("qa0", 0),
+    lambda: babi.stream("qa1", 0, "dev"), lambda: oracle("qa0", [], ""),
 ])  # fmt: skip
 def test_unknown_names(call):
     with pytest.raises(UnknownNameError):
         call()
 
 
-def test_oracle_rejects_what_it_cannot_read():
-    with pytest.raises(InputError, match="not a fact"):
-        oracle("qa1", ["Mary flew to the office."], "Where is Mary?")
-    with pytest.raises(InputError, match="not a question"):
-        oracle("qa1", [], "Who is Mary?")
+def test_a_place_that_no_fact_told_is_no_answer():
     with pytest.raises(InputError, match="do not answer"):
         oracle("qa2", ["Mary got the milk there."], "Where is the milk?")
     with pytest.raises(InputError, match="count"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 
 import pytest
 
@@ -51,7 +52,12 @@ def test_test_file_in_order_is_the_published_large_set(data, task):
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_official_subset_is_the_published_one(data, task):
-    lines = "\n".join(f"{s.question.strip()}|{s.answer}" for s in official_subset(task, data))
+    subset = official_subset(task, data)
+    assert len(subset) == 100
+    indices = json.loads((data / "babilong-index" / "test_100_idxs.json").read_text())[task]
+    released = babi.read(data, task)
+    assert [(s.question, s.answer) for s in subset] == [(released[i].question, released[i].answer) for i in indices]
+    lines = "\n".join(f"{s.question.strip()}|{s.answer}" for s in subset)
     assert hashlib.sha256(lines.encode()).hexdigest() == PUBLISHED[task]
 
 
@@ -197,8 +203,9 @@ def test_haystack_can_be_shared_but_not_between_tokenizers(no_data, tokenizer):
 
 def test_bad_input(no_data, tokenizer):
     cases = [
-        (UnknownNameError, {"task": "qa4"}), (UnknownNameError, {"length": "3k"}), (UnknownNameError, {"split": "dev"}),
-        (UnknownNameError, {"facts": "official"}), (UnknownNameError, {"background": "book"}),
+        (UnknownNameError, {"task": "qa21"}), (UnknownNameError, {"length": "3k"}),
+        (UnknownNameError, {"split": "dev"}), (UnknownNameError, {"facts": "official"}),
+        (UnknownNameError, {"background": "book"}),
         (DataError, {"facts": "released"}), (DataError, {"facts": "official-100"}),
         (DataError, {"background": "books"}),
         (DataError, {"background": [Document("a", "", "b")]}), (ConfigError, {"length": 300}),

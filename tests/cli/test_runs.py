@@ -67,7 +67,7 @@ def test_tokens_are_counted_over_the_stages():
         (("--set", "memory.num_slot=5"), "Did you mean 'num_slots'"),
         (("--set", "recall.valeus=5"), "Did you mean 'values'"),
         (("--set", "host=lama"), "Did you mean 'llama'"),
-        (("--task", "babilong", "--tasks", "qa7"), "no generator"),
+        (("--task", "babilong", "--tasks", "qa21"), "No bAbI task"),
         (("--task", "babilong", "--data", "missing"), "does not exist"),
         (("--task", "babilong", "--data", "."), "books_train.jsonl.gz does not exist"),
         (("--task", "text", "--data", "missing.txt"), "plain text"),
@@ -139,7 +139,7 @@ def test_eval_babilong(babilong_run, tmp_path):
     [
         (("--task", "recal"), "Did you mean 'recall'"),
         (("--task", "recall"), "not trained on recall"),
-        (("--tasks", "qa7"), "No task with a generator"),
+        (("--tasks", "qa21"), "No BABILong task"),
         (("--tasks", ","), "--tasks"),
         (("--lengths", "3x"), "No length"),
         (("--lengths", "200"), "reserve"),

@@ -3,15 +3,26 @@
 import pytest
 import torch
 
-from tests.contract.cases import CASES, LENGTH, assert_states_close, build, case, chunked, pairs, parallel, random_ids
+from tests.contract.cases import (
+    CASES,
+    FIRST,
+    LENGTH,
+    assert_states_close,
+    build,
+    case,
+    chunked,
+    pairs,
+    parallel,
+    random_ids,
+)
 from tests.tiny import HOSTS
 
 # Dynamo looks at `.grad` of every tensor it is given, those that are not leaves included.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
-# A minute and more for one trace: its graph holds the chunks of every block.
-LONG = ("titans",)
-USUAL = [c for c in CASES if c.usual and c.memory not in LONG]
+# A trace takes from ten seconds to two minutes, so by default one memory of each way to read is compiled.
+DEFAULT = (*FIRST, "armt", "deltanet", "memorizing-transformers")
+USUAL = [c for c in CASES if c.usual and c.memory in DEFAULT]
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +85,7 @@ def test_compiled_training_of_all_settings(c):
 
 
 @pytest.mark.slow
-@pairs(USUAL, hosts=("llama", "gpt2", "gemma2"), usual_hosts=("llama",))
+@pairs([c for c in CASES if c.usual], hosts=("llama", "gpt2", "gemma2"), usual_hosts=("llama",))
 def test_compiled_reading_on_more_hosts(case, host):
     case.needs("compiled reading with a cache")
     _check_cached(case, host)

@@ -60,7 +60,7 @@ class BabilongSample:
     """One sample.
 
     Attributes:
-        task: "qa1" ...
+        task: "qa1" .. "qa20".
         length: N in tokens; 0 means facts only.
         context: facts and background.
         question, target: as in bAbI; the question may end in a blank.
@@ -209,7 +209,7 @@ def open_babilong(
     """A lazily built, repeatable stream of BABILong samples. Equal arguments give equal bytes.
 
     Args:
-        task: "qa1", "qa2", "qa3"; with released facts any of "qa1" .. "qa20".
+        task: "qa1" .. "qa20".
         length: N in tokens of `tokenizer`, or an official name: "0k" (facts only), "1k", "2k", "4k" .. "1M", "10M".
         tokenizer: any object with encode and decode. With one that loses text (a word-level one), the context is what
             its decode gives back.

@@ -20,7 +20,6 @@ from ..core.truncation import Truncation
 from ..training import SegmentLaw
 from ..training.mixture import is_prepared
 from . import babi
-from .babilong import data_folder
 from .building import architectures, recall_task
 from .recall import RecallTask
 
@@ -100,8 +99,8 @@ class Experiment:
         if self.stateful and not self.prepared:
             raise ConfigError('stateful = true reads prepared text: task = "text", data = what mnemic prepare wrote.')
         for name in self.tasks:
-            if name not in babi.GENERATED_TASKS and self.task == "babilong" and data_folder(self.data) is None:
-                raise ConfigError(f"{name} has no generator; give data=, a folder with the released bAbI files.")
+            if self.task == "babilong" and name not in babi.GENERATED_TASKS:
+                raise UnknownNameError.of("bAbI task", name, babi.GENERATED_TASKS)
         known = [f.name for f in dataclasses.fields(RecallTask)]
         for key in self.recall_options:
             if key not in known:

@@ -149,8 +149,8 @@ def _check_babilong(settings: dict[str, Any]) -> None:
     folder = data_folder(settings["data"])
     settings["facts"] = "generated" if folder is None else "released"
     for name in settings["tasks"]:
-        if name not in (LABELS if folder else babi.GENERATED_TASKS):
-            raise UnknownNameError.of("BABILong task" if folder else "task with a generator", name, LABELS)
+        if name not in LABELS:
+            raise UnknownNameError.of("BABILong task", name, LABELS)
     for name in settings["lengths"]:
         if name not in LENGTHS and not name.isdigit():
             raise UnknownNameError.of("length", name, LENGTHS)
