@@ -34,9 +34,9 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import mnemic
+from benchmarks.host import plain_llama
 
 VOCABULARY = 512
 OPTIONS: dict[str, dict[str, Any]] = {"lm2": {"num_slots": 16}, "rmt": {"num_tokens": 8}, "armt": {"num_tokens": 8}}
@@ -71,20 +71,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def build(memory: str, arguments: argparse.Namespace) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=arguments.width,
-        intermediate_size=arguments.width * 4,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.width // 32,
-        num_key_value_heads=arguments.width // 32,
-        max_position_embeddings=8192,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    host = AutoModelForCausalLM.from_config(config).to(arguments.device)
+    host = plain_llama(arguments.width, arguments.layers, vocabulary=VOCABULARY).to(arguments.device)
     options = OPTIONS.get(memory, {})
     return mnemic.attach(host, memory, segment=arguments.segment, preset="default", **options).train()
 

@@ -1,6 +1,6 @@
 """Speed of a large store of keys and values against the plain host, side by side in one run.
 
-    python benchmarks/retrieval.py [--stored 262144] [--output results/retrieval.json]
+    python -m benchmarks.retrieval [--stored 262144] [--output results/retrieval.json]
 
 A small Llama with Memorizing Transformers in one block, its store full. Contenders take turns, round after round, and
 ratios are taken within a round; medians over rounds are reported.
@@ -29,30 +29,18 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import mnemic
+from benchmarks.host import VOCABULARY, plain_llama
 from mnemic.core.state import State
 from mnemic.ops import nearest, paged_bank
 
-VOCABULARY, SEGMENT = 2048, 512
+SEGMENT = 512
 CLUSTERS, SPREAD = 1024, 0.5
 
 
 def host(arguments: argparse.Namespace) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=arguments.width,
-        intermediate_size=arguments.width * 4,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.heads,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return plain_llama(arguments.width, arguments.layers, arguments.heads, positions=2048).eval()
 
 
 def attached(arguments: argparse.Namespace, search: str, state: State | None = None) -> tuple[Any, State]:

@@ -32,12 +32,11 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import mnemic
 from benchmarks import peers
+from benchmarks.host import VOCABULARY, plain_llama
 
-VOCABULARY = 2048
 OPTIONS: dict[str, dict[str, Any]] = {
     "lm2": {"num_slots": 64},
     "transformer-xl": {"memory_lengths": 128},
@@ -79,20 +78,7 @@ def options_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def build(name: str, arguments: argparse.Namespace) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=arguments.width,
-        intermediate_size=arguments.width * 4,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.width // 32,
-        num_key_value_heads=arguments.width // 32,
-        max_position_embeddings=8192,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    host = AutoModelForCausalLM.from_config(config).to(arguments.device)
+    host = plain_llama(arguments.width, arguments.layers).to(arguments.device)
     if name == "host" or name.startswith("peer: "):
         return host
     memory = re.split("[ ,]", name)[0]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..core.errors import ConfigError, FileFormatError, InputError, TrainingError
+from ..core.errors import ConfigError, FileFormatError, InputError, StateError, TrainingError
 from ..core.files import flush_folder, read_file, write_file
 from ..hosts import base_model
 from ..hosts.saving import ADAPTER, describe
@@ -262,7 +262,7 @@ class Resumable(Trainer):
         return {}
 
     def load_stream_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        raise NotImplementedError
+        raise StateError(f"{type(self).__name__} keeps no states of stateful rows; resume with MemoryTrainer.")
 
     def log_state(self) -> dict[str, float]:
         """What waits to be logged."""

@@ -22,14 +22,14 @@ class Positioned(IterableDataset):
     _known: str | None = None
 
     def _draws(self) -> Iterator[Any]:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must say what is drawn.")
 
     def _example(self, drawn: Any) -> Any:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must say which sample was drawn.")
 
     def _content(self) -> Iterator[Any]:
         """Everything that decides the samples: texts, token ids, settings."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must say what decides its samples.")
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
