@@ -5,7 +5,6 @@ scorer stops at an answer without a character where a letter is asked for, and a
 both are wrong answers.
 """
 
-import json
 import re
 import string
 from collections import Counter
@@ -14,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import DataError
 from .longbench import token_f1
+from .released import released_records
 from .task import Record, Task
 
 SOURCE = "https://huggingface.co/datasets/xinrongzhang2022/InfiniteBench, NAME.jsonl for each set"
@@ -34,31 +33,24 @@ def infinitebench_records(name: str, data: str | Path, *, seed: int = 0) -> Iter
     Raises:
         DataError: no such file, or another format.
     """
-    path = Path(data) / f"{name}.jsonl" if Path(data).is_dir() else Path(data)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist. Download it from {SOURCE} and give its path.")
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                given = json.loads(line)
-                options = [str(option) for option in given.get("options") or ()]
-                answers = given["answer"] if isinstance(given["answer"], list) else [given["answer"]]
-                # A list of numbers is one answer.
-                answers = answers[0] if isinstance(answers[0], list) else answers
-                targets = [str(answer) for answer in answers]
-                if name in ("code_debug", "longbook_choice_eng"):
-                    targets = [targets[0], _LETTERS[options.index(targets[0])]]
-                listed = "".join(f"\n{letter}. {option}" for letter, option in zip(_LETTERS, options, strict=False))
-                yield Record(
-                    context=given["context"],
-                    question=_PROMPTS[name].format(given["input"], listed),
-                    targets=tuple(targets),
-                    metadata={"id": given["id"], "set": name, "asked": given["input"]},
-                )
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise DataError(f"{path}, line {number}: {error!r}; expected {SOURCE}.") from error
+
+    def make(given: dict[str, Any], where: str) -> Record:
+        options = [str(option) for option in given.get("options") or ()]
+        answers = given["answer"] if isinstance(given["answer"], list) else [given["answer"]]
+        # A list of numbers is one answer.
+        answers = answers[0] if isinstance(answers[0], list) else answers
+        targets = [str(answer) for answer in answers]
+        if name in ("code_debug", "longbook_choice_eng"):
+            targets = [targets[0], _LETTERS[options.index(targets[0])]]
+        listed = "".join(f"\n{letter}. {option}" for letter, option in zip(_LETTERS, options, strict=False))
+        return Record(
+            context=given["context"],
+            question=_PROMPTS[name].format(given["input"], listed),
+            targets=tuple(targets),
+            metadata={"id": given["id"], "set": name, "asked": given["input"]},
+        )
+
+    return released_records(name, data, SOURCE, make)
 
 
 # Rules: (answer, targets) -> 0 to 1

@@ -5,7 +5,6 @@ Chinese answers by a word segmenter) run through lm-evaluation-harness. Prompts 
 and contexts are whole: the released protocol cuts them in the middle, which is `truncated(..., keep="middle out")`.
 """
 
-import json
 import re
 import string
 from collections import Counter
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import DataError
+from .released import released_records
 from .task import Record, Task
 
 SOURCE = "https://github.com/THUDM/LongBench, data.zip with a NAME.jsonl for each set"
@@ -34,33 +34,25 @@ def longbench_records(name: str, data: str | Path, *, seed: int = 0) -> Iterator
     Raises:
         DataError: no such file, or another format.
     """
-    path = Path(data) / f"{name}.jsonl" if Path(data).is_dir() else Path(data)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist. Download it from {SOURCE} and give its path.")
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                given = json.loads(line)
-                found = given["dataset"]
-                record = Record(
-                    context=given["context"],
-                    question=_SETS[name].prompt.format(given["input"]),
-                    targets=tuple(given["answers"]),
-                    metadata={
-                        "id": given["_id"],
-                        "asked": given["input"],
-                        "set": name,
-                        "length": given["length"],
-                        "classes": given["all_classes"] or [],
-                    },
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}, line {number}: {error!r}; expected {SOURCE}.") from error
-            if found.removesuffix("_e") != name:
-                raise DataError(f"{path}, line {number} belongs to {found!r}, expected {name!r}.")
-            yield record
+
+    def make(given: dict[str, Any], where: str) -> Record:
+        found = given["dataset"]
+        if found.removesuffix("_e") != name:
+            raise DataError(f"{where} belongs to {found!r}, expected {name!r}.")
+        return Record(
+            context=given["context"],
+            question=_SETS[name].prompt.format(given["input"]),
+            targets=tuple(given["answers"]),
+            metadata={
+                "id": given["_id"],
+                "asked": given["input"],
+                "set": name,
+                "length": given["length"],
+                "classes": given["all_classes"] or [],
+            },
+        )
+
+    return released_records(name, data, SOURCE, make)
 
 
 def token_f1(answer: str, target: str, classes: Sequence[str] = ()) -> float:
