@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mnemic.benchmarks import babi
-from mnemic.benchmarks.evaluate import Score
+from mnemic.benchmarks.distances import Score
 from mnemic.core.files import replace_atomically
 
 TASKS = (  # all but qa2, qa3 and qa5, whose stories are long

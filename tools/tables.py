@@ -1,5 +1,6 @@
-"""Tables for README and docs: demo, bench, babilong, aligned, retrieval, replay, unbiased, babi and babi_transfer from
-the raw numbers under results/; built and unbuilt from the systems themselves."""
+"""Tables for README and docs: demo, bench, babilong, aligned, retrieval, replay, unbiased, babi, babi_transfer and
+babilong_build from the raw numbers under results/; built and unbuilt from the systems themselves; tasks from the
+catalog of evaluations."""
 
 import json
 import sys
@@ -127,6 +128,39 @@ def babi_transfer() -> str:
     return table(["task", "released test file", "generated"], rows)
 
 
+def babilong_build() -> str:
+    """Growth of the process and tokens a second of building one BABILong sample."""
+    names = {"ids": "streamed ids", "text": "streamed text", "whole": "whole"}
+    rows = []
+    for row in read("babilong_build.json")["rows"]:
+        grown = [f"{row[f'{turn}_grown'] / 2**20:,.1f}" for turn in ("cold", "warm")]
+        speed = [f"{row['tokens'] / row[f'{turn}_seconds'] / 1e6:.2f} M" for turn in ("cold", "warm")]
+        rows.append([f"{names[row['what']]}, {row['length']:,} tokens", *grown, *speed])
+    return table(["sample", "grown, cold", "grown, warm", "tokens/s, cold", "tokens/s, warm"], rows)
+
+
+def tasks() -> str:
+    """The catalog of evaluations; tasks that differ in their names alone share a row."""
+    from mnemic.benchmarks.catalog import catalog
+
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for one in catalog():
+        prefix, line, _ = one.name.partition("_")
+        suite = prefix + line if prefix in ("ruler", "longbench", "infinitebench", "lveval", "chomsky") else ""
+        unit = "–" if one.unit == "released" else one.unit
+        lengths = "–" if one.lengths == ("released",) else ", ".join(one.lengths)
+        key = suite, unit, lengths, one.source, one.needs or "–"
+        alike.setdefault(key, []).append(one.name.removeprefix(suite))
+    lines = [["task", "unit of length", "default lengths", "source", "needs"], ["---"] * 5]
+    for (suite, *rest), names in alike.items():
+        numbered = names == [f"qa{i}" for i in range(1, len(names) + 1)]
+        shown = (
+            f"`{names[0]}` to `{names[-1]}`" if numbered else ", ".join(names if suite else map("`{}`".format, names))
+        )
+        lines.append([f"`{suite}NAME`: {shown}" if suite else shown, *rest])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def built() -> str:
     """Every memory, probed; its limits, and the tests of its equations."""
     from mnemic.cli.systems import all_systems
@@ -181,6 +215,6 @@ if __name__ == "__main__":
     tables = {
         "demo": demo, "bench": bench, "babilong": babilong, "aligned": aligned, "built": built, "unbuilt": unbuilt,
         "retrieval": retrieval, "replay": replay, "unbiased": unbiased, "babi": babi,
-        "babi_transfer": babi_transfer,
+        "babi_transfer": babi_transfer, "tasks": tasks, "babilong_build": babilong_build,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

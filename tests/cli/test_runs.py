@@ -9,7 +9,7 @@ import mnemic
 from mnemic.benchmarks.experiment import Experiment
 from mnemic.cli import stream as stream_command
 from mnemic.cli.train import tokens_expected
-from tests.cli.conftest import RECALL, TINY, invoke, restored, succeed
+from tests.cli.conftest import RECALL, TINY, invoke, succeed
 
 STORY = "Mary garden the rain\nfell and John office\n" * 9
 
@@ -65,7 +65,7 @@ def test_tokens_are_counted_over_the_stages():
         (("--segments", "1,x"), "--segments"),
         (("--set", "most_segments=[1.5]"), "whole numbers"),
         (("--set", "memory.num_slot=5"), "Did you mean 'num_slots'"),
-        (("--set", "recall.valeus=5"), "Did you mean 'values'"),
+        (("--set", "task.valeus=5"), "Did you mean 'values'"),
         (("--set", "host=lama"), "Did you mean 'llama'"),
         (("--task", "babilong", "--tasks", "qa21"), "No bAbI task"),
         (("--task", "babilong", "--data", "missing"), "does not exist"),
@@ -94,69 +94,6 @@ def test_other_folders_are_not_overwritten(recall_run, tmp_path):
     assert (result.exit_code, "is a file" in result.stderr) == (2, True)
 
 
-# Eval
-
-
-def test_eval_recall(recall_run):
-    result = succeed("eval", recall_run, "--segments", "2,3", "--samples", 16, "--seed", 5)
-    assert "recall, chance 12.5%" in result.stdout
-    results = json.loads((recall_run / "results-recall.json").read_text())
-    for segments in (2, 3):
-        assert sum(s["count"] for s in results["scores"] if s["segments"] == segments) == 16
-    assert results["settings"]["seed"] == 5
-    assert results["model"]["memory"]["num_slots"] == 8
-    assert results["versions"]["mnemic"] == mnemic.__version__
-    assert tomllib.loads((recall_run / "results-recall.toml").read_text()) == results["settings"]
-
-
-@pytest.fixture(scope="module")
-def babilong_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "babilong"
-    task = ("--task", "babilong", "--memory", "rmt", "--set", "memory.num_tokens=2", "--set", "vocabulary=300")
-    with restored():
-        succeed("train", *task, *TINY, "--segments", "1", "--steps", 1, "--output", folder)
-    return folder
-
-
-def test_eval_babilong(babilong_run, tmp_path):
-    path = tmp_path / "scores.json"
-    result = succeed("eval", babilong_run, "--lengths", "0k,400", "--samples", 3, "--output", path)
-    assert "official rule" in result.stdout
-    results = json.loads(path.read_text())
-    assert [(s["task"], s["length"], s["official"]["count"]) for s in results["scores"]] == [
-        ("qa1", "0k", 3), ("qa1", "400", 3),
-    ]  # fmt: skip
-    assert len(results["records"]) == 6
-    assert {"question", "target", "output", "official", "fixed", "tokens"} <= set(results["records"][0])
-    assert results["settings"]["facts"] == "generated"
-    again = tmp_path / "again.json"
-    succeed("eval", babilong_run, "--lengths", "0k,400", "--samples", 3, "--output", again, "--batch-size", 2)
-    assert json.loads(again.read_text())["records"] == results["records"]
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("--task", "recal"), "Did you mean 'recall'"),
-        (("--task", "recall"), "not trained on recall"),
-        (("--tasks", "qa21"), "No BABILong task"),
-        (("--tasks", ","), "--tasks"),
-        (("--lengths", "3x"), "No length"),
-        (("--lengths", "200"), "reserve"),
-        (("--split", "tets"), "Did you mean 'test'"),
-        (("--data", "missing"), "does not exist"),
-        (("--output", "missing/file.json"), "does not exist"),
-        (("--output", "file.toml"), "JSON"),
-    ],
-)
-def test_eval_errors(arguments, message, babilong_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = invoke("eval", babilong_run, *arguments)
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("command", ["eval", "stream"])
 def test_folders_that_are_no_runs(command, tmp_path):
     result = invoke(command, tmp_path / "missing")
@@ -164,7 +101,7 @@ def test_folders_that_are_no_runs(command, tmp_path):
     result = invoke(command, tmp_path)
     assert (result.exit_code, "no model with memory" in result.stderr) == (2, True)
     (tmp_path / "mnemic.json").write_text("{}")
-    result = invoke(command, tmp_path, "--task", "babilong") if command == "eval" else invoke(command, tmp_path)
+    result = invoke(command, tmp_path)
     assert (result.exit_code, "damaged" in result.stderr) == (2, True)
 
 

@@ -18,13 +18,11 @@ def test_values_are_toml_and_words_need_no_quotes(text, value):
 
 
 def test_prefixes_lead_to_tables():
-    found = settings(
-        ["memory.num_slots=32", "host.hidden_size=64", "recall.values=8", "steps = 5", "memory.norm=false"]
-    )
+    found = settings(["memory.num_slots=32", "host.hidden_size=64", "task.values=8", "steps = 5", "memory.norm=false"])
     assert found == {
         "memory_options": {"num_slots": 32, "norm": False},
         "host_options": {"hidden_size": 64},
-        "recall_options": {"values": 8},
+        "task_options": {"values": 8},
         "steps": 5,
     }
 

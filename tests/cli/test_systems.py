@@ -105,7 +105,7 @@ def test_show_other_hosts_and_windows():
         (("lm2:papre",), "Did you mean 'paper'"),
         (("lm2", "--set", "num_slot=3"), "Did you mean 'num_slots'"),
         (("lm2", "--set", "num_slots=0"), "at least 1"),
-        (("lm2", "--set", "recall.values=3"), "mnemic train"),
+        (("lm2", "--set", "task.values=3"), "mnemic train"),
         (("lm2", "--host", "lama"), "Did you mean 'llama'"),
         (("lm2", "--host", "./missing"), "Cannot find the host"),
         (("lm2-reference", "--segment", "64"), "segment must be 128"),

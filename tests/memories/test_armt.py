@@ -231,10 +231,11 @@ def test_a_segment_with_its_memory_must_fit_the_hosts_positions():
 @pytest.mark.parametrize("memory, least", [("armt", 0.99), ("none", None)], ids=["armt", "none"])
 def test_recall_at_the_trained_length_and_beyond(tmp_path, memory, least):
     """The toy of RMT's card, 2 to 4 segments: 2 layers of width 32, 8 values, batch 64, AdamW 1e-3, 250 steps."""
-    from mnemic.benchmarks.evaluate import evaluate_recall
+    from mnemic.benchmarks.distances import by_distance
     from mnemic.benchmarks.experiment import Experiment
     from mnemic.benchmarks.recall import RecallTask
     from mnemic.benchmarks.runs import run
+    from mnemic.benchmarks.token_cell import TokenCell
     from mnemic.hosts import load
 
     experiment = Experiment(
@@ -247,8 +248,9 @@ def test_recall_at_the_trained_length_and_beyond(tmp_path, memory, least):
         },
     )  # fmt: skip
     run(experiment, tmp_path, progress=False)
-    task = RecallTask(segment_length=8)
-    scores = evaluate_recall(load(tmp_path), task, [3, 12], count=1024)
+    model = load(tmp_path)
     for segments in (3, 12):
-        accuracy = scores[segments][segments - 1].accuracy
+        task = RecallTask(segment_length=8, segments=segments)
+        scores = by_distance(model, TokenCell("recall", str(segments), 1, task), 1024)
+        accuracy = scores[segments - 1].accuracy
         assert accuracy >= least if least else abs(accuracy - task.chance) < 0.05

@@ -3,12 +3,15 @@
 2 layers of width 32, segments of 8 tokens, 8 values, batch 64, AdamW 1e-3, a random number of 2 to 4 segments.
 """
 
+from dataclasses import replace
+
 import pytest
 
-from mnemic.benchmarks.evaluate import evaluate_recall
+from mnemic.benchmarks.distances import by_distance
 from mnemic.benchmarks.experiment import Experiment
 from mnemic.benchmarks.recall import RecallTask
 from mnemic.benchmarks.runs import run
+from mnemic.benchmarks.token_cell import TokenCell
 from mnemic.hosts import load
 
 TASK = RecallTask(segment_length=8)
@@ -26,8 +29,9 @@ def _accuracy(
         },
     )  # fmt: skip
     run(experiment, tmp_path / memory, progress=False)
-    scores = evaluate_recall(load(tmp_path / memory), TASK, segments, count=1024)
-    return [scores[n][n - 1].accuracy for n in segments]
+    model = load(tmp_path / memory)
+    cells = {n: TokenCell("recall", str(n), 1, replace(TASK, segments=n)) for n in segments}
+    return [by_distance(model, cell, 1024)[n - 1].accuracy for n, cell in cells.items()]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from .babilong import (
     LENGTHS,
     Babilong,
     BabilongSample,
-    Haystack,
+    StreamedSample,
     compare_answers,
     compare_answers_fixed,
     official_subset,
@@ -13,10 +13,11 @@ from .babilong import (
     prompt,
 )
 from .background import Document, books, pg19, prose
+from .haystack import Haystack
 from .recall import RecallBatch, RecallTask
 
 __all__ = [
-    "LENGTHS", "BabiSample", "Babilong", "BabilongSample", "Document", "Haystack", "RecallBatch", "RecallTask", "books",
-    "compare_answers", "compare_answers_fixed", "generate", "official_subset", "open_babilong", "oracle", "pg19",
-    "prompt", "prose",
+    "LENGTHS", "BabiSample", "Babilong", "BabilongSample", "Document", "Haystack", "RecallBatch", "RecallTask",
+    "StreamedSample", "books", "compare_answers", "compare_answers_fixed", "generate", "official_subset",
+    "open_babilong", "oracle", "pg19", "prompt", "prose",
 ]  # fmt: skip

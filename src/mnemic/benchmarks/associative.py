@@ -20,7 +20,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,18 @@ from ..training.positions import Positioned
 from .draws import below, distinct, weighted
 
 
+class Question(NamedTuple):
+    """columns: of the labels that all have to be right. distance: segments from what is asked for to the question."""
+
+    columns: tuple[int, ...]
+    distance: int | None = None
+
+
 class TokenTask(Protocol):
-    """Sizes of a task whose samples are token ids; a frozen dataclass."""
+    """Sizes of a task whose samples are token ids; a frozen dataclass.
+
+    Where a labelled token is not a question of its own, or distances are known, it has `questions(example)`.
+    """
 
     @property
     def vocabulary(self) -> int: ...
@@ -262,6 +272,11 @@ class SegmentMqar:
             ids[2 * place : 2 * place + 2] = key, value
             ids[before + 2 * slot], labels[before + 2 * slot + 1] = key, value
         return Example(input_ids=ids, labels=labels)
+
+    def questions(self, example: Example) -> list[Question]:
+        ids, last = example["input_ids"], self.segments - 1
+        asked = [column for column, label in enumerate(example["labels"]) if label != IGNORED]
+        return [Question((c,), last - ids.index(ids[c - 1]) // self.segment_length) for c in asked]
 
 
 def _check_vocabulary(vocabulary: int, keys: int, values: int) -> None:

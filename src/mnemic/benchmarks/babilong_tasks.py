@@ -13,7 +13,8 @@ MAX_NEW_TOKENS = 20
 def records(task: str, *, tokenizer: Any, length: int | str = "4k", seed: int = 0, **options: Any) -> Iterator[Record]:
     """Samples of one task, in the order of `open_babilong`, whose other arguments `options` are.
 
-    Metadata: "task", "length" and "tokens" (of the context); "facts", the token at which each begins; "provenance".
+    Metadata: "task", "length" and "tokens" (of the context); "facts", the token at which each begins; "support", that
+    of the last one that the answer rests on; "provenance".
 
     Raises:
         UnknownNameError, ConfigError, DataError: as `open_babilong`.
@@ -24,9 +25,9 @@ def records(task: str, *, tokenizer: Any, length: int | str = "4k", seed: int = 
 def _record(sample: Any) -> Record:
     metadata = {
         "task": sample.task, "length": sample.length, "tokens": sample.tokens, "facts": list(sample.fact_offsets),
-        "provenance": sample.provenance,
+        "support": max(sample.fact_offsets[fact] for fact in sample.supporting), "provenance": sample.provenance,
     }  # fmt: skip
-    return Record(sample.context, sample.question, (sample.target,), metadata)
+    return Record(sample.context, sample.question.strip(), (sample.target,), metadata)
 
 
 def official(output: str, record: Record) -> float:
@@ -41,7 +42,7 @@ def fixed(output: str, record: Record) -> float:
 
 TASKS = {
     f"babilong_{task}": Task(
-        f"babilong_{task}", "arXiv 2406.10149", partial(records, task), official, fixed, MAX_NEW_TOKENS
+        f"babilong_{task}", "arXiv 2406.10149", partial(records, task), official, fixed, MAX_NEW_TOKENS, separator=" "
     )
     for task in LABELS
 }

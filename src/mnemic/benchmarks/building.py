@@ -1,5 +1,6 @@
 """Building: the model, the tokenizer and the samples that an experiment trains with."""
 
+import dataclasses
 import os
 from itertools import islice
 from pathlib import Path
@@ -10,17 +11,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from ..core.errors import ConfigError, DataError, MissingExtraError
+from ..core.errors import ConfigError, DataError, MissingExtraError, UnknownNameError
 from ..core.registry import memory_class, memory_config
 from ..hosts import add_lora, attach, freeze_host
 from ..hosts.anatomy import host_spec
 from ..training import CorpusSamples, Mixture, StatefulRows, TextExamples, word_tokenizer
-from ..training.tokenizer import tokenizer_fingerprint
+from ..training.tokenizer import numbered_tokenizer, tokenizer_fingerprint
 from . import babi
+from .associative import TokenExamples
 from .babilong import data_folder
 from .background import named
+from .chomsky import FormalExamples, FormalTask, formal_task
 from .examples import BabilongExamples, RecallExamples
 from .recall import RecallTask
+from .token_tasks import TASKS, token_task
 
 if TYPE_CHECKING:
     from .experiment import Experiment
@@ -36,7 +40,11 @@ def build(experiment: "Experiment") -> tuple[Any, Any]:
     """The model with its memory, untrained, and its tokenizer."""
     fresh = experiment.host in architectures()
     if experiment.task == "recall":
-        tokenizer = recall_task(experiment).tokenizer()
+        tokenizer = task_of(experiment).tokenizer()
+    elif experiment.task == "chomsky":
+        tokenizer = numbered_tokenizer(formal_task_of(experiment)[0].vocabulary)
+    elif experiment.task in TASKS:
+        tokenizer = numbered_tokenizer(task_of(experiment).vocabulary)
     elif experiment.prepared:
         tokenizer = _shard_tokenizer(experiment, fresh)
     elif fresh:
@@ -74,9 +82,28 @@ def architectures() -> set[str]:
     return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def recall_task(experiment: "Experiment") -> RecallTask:
-    """The recall task that `experiment` trains on."""
-    return RecallTask(**{**experiment.recall_options, "segment_length": experiment.segment})
+def task_of(experiment: "Experiment") -> Any:
+    """The recall task or token-level task that `experiment` trains on."""
+    if experiment.task == "recall":
+        known = {f.name for f in dataclasses.fields(RecallTask)} - {"segment_length"}
+        _check_options("recall", experiment.task_options, known)
+        return RecallTask(**experiment.task_options, segment_length=experiment.counted)
+    return token_task(experiment.task, experiment.task_options, experiment.counted)
+
+
+def formal_task_of(experiment: "Experiment") -> tuple[FormalTask, int, int]:
+    """The formal language that `experiment` trains on, its longest samples, and the blanks for each symbol."""
+    if len(experiment.tasks) != 1:
+        raise ConfigError(f"tasks = {list(experiment.tasks)}: chomsky trains on one language; name one.")
+    _check_options("chomsky", experiment.task_options, {"longest", "steps"})
+    longest, steps = (experiment.task_options.get(key, value) for key, value in (("longest", 40), ("steps", 0)))
+    return formal_task(experiment.tasks[0]), longest, steps
+
+
+def _check_options(task: str, given: dict[str, Any], known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(str(UnknownNameError.of(f"size of {task}", key, known)))
 
 
 def _fresh_config(experiment: "Experiment", tokenizer: Any) -> Any:
@@ -132,12 +159,18 @@ def _word_tokenizer(experiment: "Experiment") -> Any:
 def examples(experiment: "Experiment", model: Any, tokenizer: Any) -> Any:
     law = experiment.law()
     if experiment.task == "recall":
-        return RecallExamples(recall_task(experiment), law, experiment.seed, fact_segment=experiment.fact_segment)
+        return RecallExamples(task_of(experiment), law, experiment.seed, fact_segment=experiment.fact_segment)
+    if experiment.task == "chomsky":
+        task, longest, steps = formal_task_of(experiment)
+        return FormalExamples(task, experiment.batch_size, experiment.seed, lengths=(1, longest), steps=steps)
+    if experiment.task in TASKS:
+        task = task_of(experiment)
+        return TokenExamples(task, experiment.seed, law if hasattr(task, "with_segments") else None)
     if experiment.task == "babilong":
         return BabilongExamples(
             experiment.tasks,
             tokenizer,
-            experiment.segment,
+            experiment.counted,
             law,
             data=experiment.data,
             seed=experiment.seed,
@@ -148,10 +181,10 @@ def examples(experiment: "Experiment", model: Any, tokenizer: Any) -> Any:
         mixture = Mixture.open(experiment.data, seed=experiment.seed)
         if experiment.stateful:
             rows = experiment.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-            return StatefulRows(mixture, experiment.segment, experiment.most_segments[-1], rows)
-        return CorpusSamples(mixture, experiment.segment, law)
+            return StatefulRows(mixture, experiment.counted, experiment.most_segments[-1], rows)
+        return CorpusSamples(mixture, experiment.counted, law)
     documents = [tokenizer(text)["input_ids"] for text in _texts(experiment)]
-    return TextExamples(documents, experiment.segment, law, experiment.seed)
+    return TextExamples(documents, experiment.counted, law, experiment.seed)
 
 
 def _texts(experiment: "Experiment") -> list[str]:

@@ -19,9 +19,10 @@ from ..core.errors import MissingExtraError
 from ..hosts import load, parameter_report
 from . import runs
 from .building import build
-from .evaluate import Score, evaluate_recall
+from .distances import Score, by_distance
 from .experiment import Experiment
 from .recall import RecallTask
+from .token_cell import TokenCell
 
 TASK = RecallTask(segment_length=8)
 TRAINED_SEGMENTS = 4
@@ -77,7 +78,9 @@ def run(folder: Path, *, quick: bool = False, threads: int = 1) -> dict[str, Any
         console.print(f"[bold]Training {name}[/] for {experiment.steps} steps on 2 to {TRAINED_SEGMENTS} segments ...")
         log = runs.run(experiment, where)
         model = load(where)
-        scores = evaluate_recall(model, TASK, [TRAINED_SEGMENTS * f for f in FACTORS], count=1024)
+        lengths = [TRAINED_SEGMENTS * f for f in FACTORS]
+        cells = {n: TokenCell("recall", str(n), 1, replace(TASK, segments=n)) for n in lengths}
+        scores = {n: by_distance(model, cell, 1024) for n, cell in cells.items()}
         results["memories"][name] = {
             "parameters": sum(part["total"] for part in log["parameters"].values()),
             "seconds": log["seconds"],

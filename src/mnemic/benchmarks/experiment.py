@@ -20,10 +20,10 @@ from ..core.truncation import Truncation
 from ..training import SegmentLaw
 from ..training.mixture import is_prepared
 from . import babi
-from .building import architectures, recall_task
-from .recall import RecallTask
+from .building import architectures, formal_task_of, task_of
+from .token_tasks import TASKS as TOKEN_TASKS
 
-TASKS = ("recall", "babilong", "text")
+TASKS = ("babilong", "text", "recall", "chomsky", *TOKEN_TASKS)
 SETTINGS, LOG = "experiment.toml", "log.json"
 
 
@@ -42,9 +42,11 @@ class Experiment:
         default_factory=dict, metadata={"help": "settings of a fresh host's config; small by default"}
     )
     parameters: int | None = option(None, "widen a fresh host's feed-forward to so many parameters, memory included")
-    task: str = option("babilong", "what to train on: recall, babilong or text")
-    tasks: tuple[str, ...] = option(("qa1",), "BABILong tasks, drawn in turn")
-    recall_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "sizes of the recall task"})
+    task: str = option("babilong", "what to train on: babilong, text, recall, chomsky or a token-level task")
+    tasks: tuple[str, ...] = option(("qa1",), "BABILong tasks, drawn in turn; chomsky: the one language")
+    task_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "sizes of recall or of a token-level task"}
+    )
     fact_segment: int | None = option(None, "recall: the segment of the fact (0: the first); None for any")
     vary_length: bool = option(True, "babilong: samples end anywhere in their last segment, not always at one place")
     data: str | None = option(
@@ -55,6 +57,9 @@ class Experiment:
     stateful: bool = option(False, "prepared text: rows of a batch read on where the last batch stopped")
     vocabulary: int = option(4096, "words of the tokenizer made for a fresh host", minimum=16)
     segment: int = option(64, "tokens of a segment", minimum=1)
+    unit: int | None = option(
+        None, "tokens that the numbers of segments below count; None for the segment's", minimum=1
+    )
     least_segments: int = option(1, "fewest segments of a sample", minimum=1)
     most_segments: tuple[int, ...] = option(
         (4,), "most segments of a sample, one number for each stage of a curriculum"
@@ -101,12 +106,12 @@ class Experiment:
         for name in self.tasks:
             if self.task == "babilong" and name not in babi.GENERATED_TASKS:
                 raise UnknownNameError.of("bAbI task", name, babi.GENERATED_TASKS)
-        known = [f.name for f in dataclasses.fields(RecallTask)]
-        for key in self.recall_options:
-            if key not in known:
-                raise ConfigError(str(UnknownNameError.of("size of the recall task", key, known)))
-        if self.task == "recall":
-            recall_task(self)
+        if self.task == "chomsky":
+            formal_task_of(self)
+        elif self.task not in ("babilong", "text"):
+            task_of(self)
+        elif self.task_options:
+            raise ConfigError(f"task_options {self.task_options}: {self.task} has no sizes of its own.")
         self.law()
         self.parsed_truncation()
 
@@ -141,6 +146,18 @@ class Experiment:
             elif value is not None:
                 lines.append(f"{f.name} = {_toml(value)}")
         return "\n".join(lines + tables) + "\n"
+
+    @property
+    def counted(self) -> int:
+        """Tokens in which the lengths of samples are counted."""
+        return self.segment if self.unit is None else self.unit
+
+    @property
+    def by_segments(self) -> bool:
+        """Whether samples have the numbers of segments that are drawn here, not sizes of their own."""
+        if self.task == "chomsky":
+            return False
+        return self.task in ("babilong", "text", "recall") or hasattr(task_of(self), "with_segments")
 
     @property
     def prepared(self) -> bool:

@@ -5,10 +5,12 @@ ten characters for each token wanted, drop the first and last piece, keep senten
 last one, and go on in the same window for the next sample.
 """
 
+import copy
 import inspect
 import random
+from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +19,7 @@ from .background import Document, sentence_spans
 
 _WINDOW = 10  # characters looked at for each token wanted
 _MIN_WINDOW = 1_000
+_NO_IDS = array("I")
 
 
 class Codec:
@@ -36,7 +39,14 @@ class Codec:
         self.fact = lru_cache(maxsize=4096)(self.encode)  # the facts of a task are a small closed set
 
     def encode(self, text: str) -> tuple[int, ...]:
-        ids = self.tokenizer.encode(text, **self._encode_options)
+        """Raises `InputError` where the tokenizer cannot read the text."""
+        try:
+            ids = self.tokenizer.encode(text, **self._encode_options)
+        # The tokenizers library raises bare exceptions, for example on a word without a token.
+        except Exception as error:
+            raise InputError(
+                f"The tokenizer cannot read {text[:60]!r} ({error}). Use a model whose tokenizer reads any text."
+            ) from error
         return tuple(getattr(ids, "ids", ids))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -58,7 +68,8 @@ class Haystack:
     """Background documents with their sentences as token ids of one tokenizer.
 
     Every document is split once and every sentence encoded once, when first read; pass one Haystack to several
-    streams to share that work.
+    streams to share that work. It keeps four bytes for each token and about a hundred for each sentence, however often
+    they are read: together no more than the text itself takes.
 
     Args:
         documents: the texts.
@@ -74,40 +85,53 @@ class Haystack:
             raise DataError("The background has no text; give documents with sentences.")
         self.codec = Codec(tokenizer)
         self.min_tokens, self.max_tokens = min_tokens, max_tokens
-        self._spans: dict[int, tuple[list[int], list[int]]] = {}
-        self._ids: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._spans: dict[int, tuple[array[int], array[int]]] = {}
+        self._ids: dict[int, list[array[int] | None]] = {}
 
     def window(self, document: int, start: int, end: int) -> range:
         """Indices of the sentences of text[start:end], without the first and the last piece."""
         if document not in self._spans:
             spans = sentence_spans(self.documents[document].text)
-            self._spans[document] = [begin for begin, _ in spans], [stop for _, stop in spans]
+            self._spans[document] = array("I", (begin for begin, _ in spans)), array("I", (stop for _, stop in spans))
+            self._ids[document] = [None] * len(spans)
         begins, ends = self._spans[document]
         first = bisect_right(ends, start) + 1
         return range(first, bisect_left(begins, end) - 1)
 
-    def ids(self, document: int, sentence: int) -> tuple[int, ...]:
-        """Token ids of " " + sentence, or () if it is too short or too long."""
-        key = (document, sentence)
-        if key not in self._ids:
+    def ids(self, document: int, sentence: int) -> "array[int]":
+        """Token ids of " " + sentence, or none if it is too short or too long; the document has had its window."""
+        known = self._ids[document][sentence]
+        if known is None:
             begins, ends = self._spans[document]
             ids = self.codec.encode(" " + self.documents[document].text[begins[sentence] : ends[sentence]])
             long = self.max_tokens is not None and len(ids) > self.max_tokens
-            self._ids[key] = () if len(ids) < self.min_tokens or long else ids
-        return self._ids[key]
+            known = _NO_IDS if len(ids) < self.min_tokens or long else array("I", ids)
+            self._ids[document][sentence] = known
+        return known
 
 
 class Reader:
-    """Reads sentences from random places; goes on in the same window until it is used up."""
+    """Reads sentences from random places; goes on in the same window until it is used up.
+
+    document: number of the document read last.
+    """
 
     def __init__(self, haystack: Haystack, rng: random.Random) -> None:
         self.haystack, self.rng = haystack, rng
         self.document, self.left = 0, range(0)
 
-    def take(self, tokens: int) -> tuple[list[tuple[int, ...]], list[str]]:
-        """Sentences of `tokens` tokens together, the last one cut, and the names of their documents."""
-        sentences: list[tuple[int, ...]] = []
-        names: list[str] = []
+    def fork(self) -> "Reader":
+        """Another reader, which will read the same."""
+        twin = Reader(self.haystack, copy.copy(self.rng))
+        twin.document, twin.left = self.document, self.left
+        return twin
+
+    def read(self, tokens: int) -> "Iterator[array[int]]":
+        """Sentences of `tokens` tokens together, the last one cut. The next reading goes on where this one ended.
+
+        Raises:
+            DataError: a thousand windows without a sentence that is long enough.
+        """
         missing, dry = tokens, 0
         while missing > 0:
             if not self.left:
@@ -121,15 +145,15 @@ class Reader:
                 size = len(self.haystack.documents[self.document].text)
                 start = int(self.rng.random() * size)
                 self.left = self.haystack.window(self.document, start, start + max(_WINDOW * tokens, _MIN_WINDOW))
-            while self.left and missing > 0:
-                ids = self.haystack.ids(self.document, self.left[0])
-                self.left = self.left[1:]
+            for sentence in self.left:
+                ids = self.haystack.ids(self.document, sentence)
                 if not ids:
                     continue
                 dry = 0
-                sentences.append(ids[:missing])
-                missing -= len(sentences[-1])
-                name = self.haystack.documents[self.document].provenance
-                if name not in names:
-                    names.append(name)
-        return sentences, names
+                if len(ids) >= missing:
+                    self.left = range(sentence + 1, self.left.stop)
+                    yield ids[:missing]
+                    return
+                missing -= len(ids)
+                yield ids
+            self.left = range(0)

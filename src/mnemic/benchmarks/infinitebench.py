@@ -7,20 +7,19 @@ both are wrong answers.
 
 import re
 import string
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .longbench import token_f1
+from .longbench import token_f1, words_f1
 from .released import released_records
 from .task import Record, Task
 
 SOURCE = "https://huggingface.co/datasets/xinrongzhang2022/InfiniteBench, NAME.jsonl for each set"
 _LETTERS = "ABCD"
-_CHINESE_MARKS = (
-    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》"
+MARKS = frozenset(
+    string.punctuation + "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》"
     "「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"
 )
 
@@ -141,13 +140,8 @@ def best_character_f1(answer: str, targets: tuple[str, ...]) -> float:
 
 
 def _character_f1(answer: str, target: str) -> float:
-    drop = set(string.punctuation + _CHINESE_MARKS)
-    said, right = ([c for c in "".join(t.lower().split()) if c not in drop] for t in (answer, target))
-    same = sum((Counter(said) & Counter(right)).values())
-    if not same:
-        return 0.0
-    precision, recall = same / len(said), same / len(right)
-    return (2 * precision * recall) / (precision + recall)
+    said, right = ([c for c in "".join(t.lower().split()) if c not in MARKS] for t in (answer, target))
+    return words_f1(said, right)
 
 
 def _chosen(answer: str, targets: tuple[str, ...], first: Callable[[str], str]) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigError, InputError
 from ..training.data import IGNORED, Example
+from .associative import Question
 from .draws import below, choice, distinct
 
 SEPARATOR, GENERATE, END = 100, 101, 102
@@ -91,6 +92,13 @@ class PairSegments:
         ids += [*self._word(asked, self.key_size), GENERATE, *self._word(last[asked], self.value_size), END]
         marked = self.value_size + 2
         return Example(input_ids=ids, labels=[IGNORED] * (len(ids) - marked) + ids[-marked:])
+
+    def questions(self, example: Example) -> list[Question]:
+        """The value alone; its labels have a mark in front and one behind."""
+        ids, size = example["input_ids"], self.segment_length
+        keys = [ids[start : start + self.key_size] for start in range(0, len(ids), size)]
+        wrote = max(segment for segment in range(self.pairs) if keys[segment] == keys[-1])
+        return [Question(tuple(range(len(ids) - 1 - self.value_size, len(ids) - 1)), self.pairs - wrote)]
 
     def _word(self, number: int, size: int) -> list[int]:
         return [number // self.symbols**i % self.symbols for i in range(size)]

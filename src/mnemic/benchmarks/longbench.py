@@ -19,7 +19,7 @@ from .released import released_records
 from .task import Record, Task
 
 SOURCE = "https://github.com/THUDM/LongBench, data.zip with a NAME.jsonl for each set"
-_QUESTION = "Answer the question about the text above with a few words.\nQuestion: {}\nAnswer:"
+QUESTION = "Answer the question about the text above with a few words.\nQuestion: {}\nAnswer:"
 _SUMMARY = 'Which paragraph above is this a summary of? Answer with "{}" and its number.\n{{}}\nAnswer:'
 _COUNT = (
     "How many different paragraphs are there above, when repeated ones count once? Answer with a number.{}\nAnswer:"
@@ -57,7 +57,11 @@ def longbench_records(name: str, data: str | Path, *, seed: int = 0) -> Iterator
 
 def token_f1(answer: str, target: str, classes: Sequence[str] = ()) -> float:
     """F1 of the words, without case, punctuation and articles."""
-    said, right = _words(answer), _words(target)
+    return words_f1(english_words(answer), english_words(target))
+
+
+def words_f1(said: Sequence[str], right: Sequence[str]) -> float:
+    """F1 of two bags of words."""
     same = sum((Counter(said) & Counter(right)).values())
     if not same:
         return 0.0
@@ -106,7 +110,7 @@ class _Set:
 
 
 def _questions(max_new_tokens: int) -> _Set:
-    return _Set(_QUESTION, max_new_tokens, token_f1, token_f1)
+    return _Set(QUESTION, max_new_tokens, token_f1, token_f1)
 
 
 # Contexts of the sets without words of ours end in worked examples that the input continues.
@@ -134,7 +138,8 @@ def _score(name: str, which: str, answer: str, record: Record) -> float:
     return max((rule(answer, target, record.metadata["classes"]) for target in record.targets), default=0.0)
 
 
-def _words(text: str) -> list[str]:
+def english_words(text: str) -> list[str]:
+    """Words without case, punctuation and articles."""
     kept = "".join(c for c in text.lower() if c not in set(string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..core.errors import ConfigError, InputError
-from ..training import listed_tokenizer
+from ..training import Example, listed_tokenizer
+from .associative import Question
 
 QUERY = 0
 _FILLER_NAMES = ("the", "rain", "fell", "and", "nobody", "said", "a", "word")
@@ -148,6 +149,11 @@ class RecallTask:
         labels = torch.full_like(ids, -100)
         labels[:, -1] = ids[:, -1]
         return RecallBatch(ids, labels, n - 1 - where[rows, asked])
+
+    def questions(self, example: Example) -> list[Question]:
+        ids = example["input_ids"]
+        last = len(ids) // self.segment_length - 1
+        return [Question((len(ids) - 1,), last - ids.index(ids[-2]) // self.segment_length)]
 
     def _segments_of_facts(
         self, batch_size: int, n: int, fact_segment: int | Sequence[int] | None, generator: torch.Generator

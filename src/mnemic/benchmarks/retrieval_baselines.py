@@ -7,6 +7,8 @@ Each baseline turns a record into a prompt of at most `budget` tokens and counts
 - `truncated`: the end of the context, or its beginning and end;
 - `retrieved`: the chunks of the context that BM25 or a dense encoder finds for the question.
 
+`separator` is what stands between context and question, and between chunks.
+
 Chunks are stretches of whole lines or sentences, never cut. The order "ends" puts the best chunks at both ends of the
 prompt, where hosts attend most (Long-Context LLMs Meet RAG, arXiv 2410.05983).
 """
@@ -39,13 +41,13 @@ class Prompt:
     chunks: tuple[int, ...] | None = None
 
 
-def full(record: Record, tokenizer: Any, budget: int | None) -> Prompt:
+def full(record: Record, tokenizer: Any, budget: int | None, *, separator: str = "\n") -> Prompt:
     """The whole context and the question.
 
     Raises:
         InputError: they have more than `budget` tokens.
     """
-    start, context, question = _parts(record, tokenizer)
+    start, context, question = _parts(record, tokenizer, separator)
     ids = [*start, *context, *question]
     if budget is not None and len(ids) > budget:
         raise InputError(
@@ -55,7 +57,7 @@ def full(record: Record, tokenizer: Any, budget: int | None) -> Prompt:
     return Prompt(ids, 0)
 
 
-def truncated(record: Record, tokenizer: Any, budget: int, *, keep: str = "end") -> Prompt:
+def truncated(record: Record, tokenizer: Any, budget: int, *, keep: str = "end", separator: str = "\n") -> Prompt:
     """As much of the context as fits.
 
     Args:
@@ -66,7 +68,7 @@ def truncated(record: Record, tokenizer: Any, budget: int, *, keep: str = "end")
     """
     if keep not in ("end", "middle out"):
         raise ConfigError(f"keep = {keep!r}, expected 'end' or 'middle out'.")
-    start, context, question = _parts(record, tokenizer)
+    start, context, question = _parts(record, tokenizer, separator)
     room = _room(budget, start, question)
     front = min(room, len(context)) // 2 if keep == "middle out" else 0
     back = min(room, len(context)) - front
@@ -83,6 +85,7 @@ def retrieved(
     chunk_tokens: int = 128,
     top_k: int = 10,
     order: str = "document",
+    separator: str = "\n",
 ) -> Prompt:
     """The chunks that `search` finds, the best first, until `top_k` are taken; one that does not fit is passed over.
 
@@ -100,8 +103,9 @@ def retrieved(
             f"order = {order!r}, chunk_tokens = {chunk_tokens}, top_k = {top_k}; expected one of {', '.join(ORDERS)} "
             "and at least 1."
         )
-    start, context, question = _parts(record, tokenizer)
+    start, context, question = _parts(record, tokenizer, separator)
     room = _room(budget, start, question)
+    before, behind = _split(separator)
     chunks = tuple(record.context[a:b] for a, b in chunk_spans(record.context, tokenizer, chunk_tokens))
     ranked = _ranked(search(chunks, str(record.metadata.get("asked", record.question)))) if chunks else []
     taken: list[int] = []
@@ -109,7 +113,7 @@ def retrieved(
     for chunk in ranked:
         if len(taken) == top_k:
             break
-        encoded = _encode(tokenizer, chunks[chunk] + "\n")
+        encoded = _encode(tokenizer, before + chunks[chunk] + behind)
         if len(encoded) <= room:
             room -= len(encoded)
             ids[chunk] = encoded
@@ -223,10 +227,20 @@ def _ranked(scores: np.ndarray) -> list[int]:
     return [int(i) for i in np.argsort(-scores, kind="stable")]
 
 
-def _parts(record: Record, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+def _parts(record: Record, tokenizer: Any, separator: str) -> tuple[list[int], list[int], list[int]]:
     """Start tokens, context, and question in tokens. Encoded apart, so that cutting one changes no token of another."""
-    context = _encode(tokenizer, record.context + "\n") if record.context else []
-    return _start(tokenizer), context, _encode(tokenizer, record.question)
+    before, behind = _split(separator)
+    if not record.context:
+        return _start(tokenizer), [], _encode(tokenizer, record.question)
+    context, question = (_encode(tokenizer, text) for text in (record.context + behind, before + record.question))
+    return _start(tokenizer), context, question
+
+
+def _split(separator: str) -> tuple[str, str]:
+    """What of the separator stands before the text that follows it, and what behind the text before."""
+    # Most tokenizers have words with a blank in front, and none behind.
+    behind = separator.rstrip(" ")
+    return separator[len(behind) :], behind
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

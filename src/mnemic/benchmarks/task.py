@@ -30,6 +30,7 @@ class Task:
     records: called with the task's sizes by keyword and `seed`, gives records without end or of a released file;
     equal arguments give equal records. official: the published scoring rule, its bugs included. fixed: the rule
     without them; the same function where there are none. max_new_tokens: what the published protocol lets a model say.
+    separator: between context and question.
     """
 
     name: str
@@ -38,3 +39,8 @@ class Task:
     official: Scorer
     fixed: Scorer
     max_new_tokens: int
+    separator: str = "\n"
+
+    def prompt(self, record: Record) -> str:
+        """What a model reads that reads everything."""
+        return f"{record.context}{self.separator}{record.question}"

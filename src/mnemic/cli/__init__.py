@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import mnemic
 
-from . import demo, evaluate, new, prepare, show, stream, systems, train
+from . import compare, demo, evaluate, new, prepare, show, stream, systems, train
 
 
 class _Commands(TyperGroup):
@@ -58,6 +58,7 @@ def _options(
       mnemic show lm2                                   one of them: paper, options, size
       mnemic train --memory lm2 --task recall --output runs/recall
       mnemic eval runs/recall                           accuracy, with intervals
+      mnemic compare CONFIG.toml --output DIR           several memories alike, and a leaderboard
       mnemic stream runs/recall --ask "? Mary"          talk to a model that remembers
 
     `mnemic COMMAND --help` has examples and says which files are read and written.
@@ -69,6 +70,7 @@ app.command("show", short_help="Explain one memory.")(show.show)
 app.command("prepare", short_help="Tokenise texts once, for training.")(prepare.prepare)
 app.command("train", short_help="Train a host with a memory.")(train.train)
 app.command("eval", short_help="Measure a trained model.")(evaluate.evaluate)
+app.command("compare", short_help="Train and measure several memories alike.")(compare.compare)
 app.command("stream", short_help="Read, ask, save, resume.")(stream.stream)
 app.command("new", short_help="Begin a new memory.")(new.new)
 app.command("demo", short_help="See what a memory does.")(demo.demo)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-TABLES = {"memory": "memory_options", "host": "host_options", "recall": "recall_options"}
+TABLES = {"memory": "memory_options", "host": "host_options", "task": "task_options"}
 """Prefixes of --set keys -> tables of an experiment."""
 
 VOCABULARY = 4096
@@ -20,7 +20,7 @@ _LIKELY_TYPO = 0.8
 
 
 def settings(pairs: Iterable[str]) -> dict[str, Any]:
-    """`key=value` pairs; values are TOML, plain words need no quotes; `memory.x`, `host.x`, `recall.x` go to tables.
+    """`key=value` pairs; values are TOML, plain words need no quotes; `memory.x`, `host.x`, `task.x` go to tables.
 
     Raises:
         ConfigError: no key, no value, a value that is no TOML, or a key given twice.
@@ -137,43 +137,8 @@ def host_config(name: str, changes: dict[str, Any] | None = None) -> Any:
         ) from error
 
 
-def tokenizer(*places: str | Path | None) -> Any:
-    """The tokenizer of the first place that has one.
-
-    Raises:
-        InputError: none has.
-    """
-    from transformers import AutoTokenizer
-
-    from ..core.errors import InputError
-
-    named = [str(place) for place in places if place]
-    for place in named:
-        if Path(place).is_dir() and not (Path(place) / "tokenizer_config.json").is_file():
-            continue
-        try:
-            return AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError):
-            continue
-    raise InputError(f"No tokenizer in {' or '.join(named) or 'the model'}; name its folder with --tokenizer.")
-
-
 def placed(model: Any) -> Any:
     """The model in eval mode, on the GPU if there is one."""
     import torch
 
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def check_folder(folder: Path) -> None:
-    """Raises `DataError` unless `folder` holds a model that mnemic saved."""
-    from ..core.errors import DataError
-    from ..hosts.saving import ADAPTER, HEADER
-
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist; expected a folder written by mnemic train or mnemic.save.")
-    if not any((folder / name).is_file() for name in (ADAPTER, HEADER)):
-        raise DataError(
-            f"{folder} holds no model with memory (neither {HEADER} nor {ADAPTER}); expected a folder written by "
-            "mnemic train or mnemic.save. A run that was interrupted has none."
-        )

@@ -1,292 +1,169 @@
-"""`mnemic eval`: the accuracy of a trained run, or its loss on held-out text, with intervals."""
+"""`mnemic eval`: trained models on the tasks of the catalog, resumably, with intervals and pictures."""
 
+import hashlib
 import json
-import platform
-import time
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-TASKS = ("babilong", "recall", "text")
-SAMPLES = {"babilong": 100, "recall": 512, "text": 100}
-
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that mnemic train or mnemic.save wrote.")],
-    task: Annotated[
-        str | None, typer.Option(metavar="TASK", help="babilong, recall or text; by default the run's.")
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN...", help="Folders that mnemic train or mnemic.save wrote.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="BABILong tasks, such as qa1,qa2; by default the run's.")
+        str | None, typer.Option(metavar="NAMES", help="Tasks, such as qa1,niah; by default what was trained.")
     ] = None,
     lengths: Annotated[
-        str, typer.Option(metavar="LIST", help="BABILong lengths: official names or numbers of tokens.")
-    ] = "0k,1k,2k,4k",
-    segments: Annotated[str, typer.Option(metavar="LIST", help="Recall: numbers of segments.")] = "2,4,8",
+        str | None, typer.Option(metavar="LIST", help="Lengths, in each task's unit; 4k and the like for tokens.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="LIST", help="Seeds of the samples.")] = "1",
     samples: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Samples of each length; text: documents. [100; recall: 512]")
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="BABILong, text: samples read side by side.")
-    ] = 16,
+        int, typer.Option(metavar="N", min=1, help="Samples of each task, length and seed; text: documents.")
+    ] = 100,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Samples read side by side.")] = 16,
     data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", help="Folder with bAbI and books, or prepared text; else the run's or $MNEMIC_DATA."
-        ),
+        str | None, typer.Option(metavar="DIR", help="Folder with data sets; by default the run's, or $MNEMIC_DATA.")
     ] = None,
-    split: Annotated[str, typer.Option(metavar="NAME", help="BABILong: test, validation or train.")] = "test",
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the samples.")] = 1,
+    split: Annotated[str, typer.Option(metavar="NAME", help="BABILong, niah: test, validation or train.")] = "test",
+    prompt: Annotated[
+        str, typer.Option(metavar="HOW", help="whole, or what a model without memory gets: truncated:N, bm25:N, ...")
+    ] = "whole",
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Results. [RUN/results-TASK.json]", dir_okay=False)
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Logs and reports. [RUN/evaluations/NAME]")
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all by default.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the tasks and their lengths, and exit.")] = False,
 ) -> None:
-    """Measure a trained model: accuracy, or loss on held-out text, with its 95% interval.
+    """Measure trained models: accuracy by the official rule and the fixed one, 95% intervals, speed and memory.
 
-    babilong: questions about facts hidden in long texts, scored by the official rule and by the fixed one (which
-    does not count a right word in a wrong place). Lengths count tokens of the model's own tokenizer.
-    recall: by the number of segments and the distance of the fact in segments; the chance level is printed.
-    text: loss and perplexity on the documents that mnemic prepare --validation-fraction kept apart, once with the
-    state carried through a document and once with a new state for every segment, over the same tokens.
+    Every batch of answers is appended to a log and flushed. A run that was killed goes on with the same command and
+    ends with the same report; a log of other settings or other weights is refused. Nothing is cut from a context
+    unless --prompt says so, and then it is counted.
+
+    text: loss and perplexity on the documents that mnemic prepare --validation-fraction kept apart, once with the state
+    carried through a document and once with a new state for every segment, over the same tokens.
 
     \b
     Examples:
       mnemic eval runs/lm2
-      mnemic eval runs/lm2 --tasks qa1,qa2 --lengths 0k,1k,8k --samples 400
-      mnemic eval runs/recall --segments 2,4,8,16
-      mnemic eval runs/texts --samples 200
+      mnemic eval runs/lm2 runs/rmt --tasks qa1,qa2 --lengths 0k,1k,8k --seeds 1,2 --samples 400 -o scores
+      mnemic eval runs/recall --lengths 2,4,8,16
+      mnemic eval runs/none --tasks qa1 --lengths 4k --prompt bm25:480
+      mnemic eval runs/texts --tasks text --samples 200
+      mnemic eval --list
 
     \b
-    Reads:   RUN (model, tokenizer, experiment.toml); DIR, if given: babi-v1.2/ and gutenberg-books/, or what mnemic
-             prepare wrote.
-    Writes:  RUN/results-TASK.json: settings, versions, scores, every answer; beside it the settings as .toml.
+    Reads:   RUN (model, tokenizer, experiment.toml); DIR, if given: the data sets, or what mnemic prepare wrote.
+    Writes:  MODEL.jsonl (every answer), report.json, report.csv, report.html, costs.json; text: results-text.json.
     """
-    import torch
-    import transformers
-
-    import mnemic
-
-    from ..benchmarks.experiment import SETTINGS, Experiment
-    from ..core.errors import ConfigError, InputError, UnknownNameError
-    from ..hosts import base_model
-    from ..hosts.saving import describe
-    from ._shared import check_folder, numbers, placed, quiet, words
+    from ..benchmarks.trained import check_folder
+    from ..core.errors import InputError
+    from ._shared import quiet
 
     quiet()
-    check_folder(folder)
-    experiment = Experiment.read(folder / SETTINGS) if (folder / SETTINGS).is_file() else None
-    if task is not None and task not in TASKS:
-        raise UnknownNameError.of("task to evaluate", task, TASKS)
-    if task is None:
-        if experiment is None or experiment.task not in TASKS:
-            raise ConfigError(f"{folder} does not say what to evaluate; give --task {' or --task '.join(TASKS)}.")
-        task = experiment.task
-    resolved: dict[str, Any] = {
-        "run": str(folder),
-        "task": task,
-        "samples": samples or SAMPLES[task],
-        "seed": seed,
-    }
-    held_out: list[Any] = []
-    if task == "recall":
-        if experiment is None or experiment.task != "recall":
-            raise ConfigError(f"{folder} was not trained on recall: its {SETTINGS} gives no sizes of the task.")
-        resolved["segments"] = list(numbers(segments, "--segments"))
-    elif task == "text":
-        resolved["data"] = data if data is not None else experiment.data if experiment else None
-        resolved["batch_size"] = batch_size
-        held_out = _held_out(folder, resolved)
-    else:
-        resolved["tasks"] = (
-            list(words(tasks, "--tasks")) if tasks else list(experiment.tasks if experiment else ("qa1",))
-        )
-        resolved["lengths"] = list(words(lengths, "--lengths"))
-        resolved["split"], resolved["batch_size"] = split, batch_size
-        resolved["data"] = data if data is not None else experiment.data if experiment else None
-        _check_babilong(resolved)
-    path = output or folder / f"results-{task}.json"
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} does not exist; --output names a file in a folder that does.")
-    if path.suffix == ".toml":
-        raise InputError(f"{path}: the results are JSON; the settings are written beside them as .toml.")
+    if listed:
+        _list()
+        return
+    if not folders:
+        raise InputError("No run to evaluate: name folders that mnemic train wrote.")
+    for folder in folders:
+        check_folder(folder)
     if threads is not None:
+        import torch
+
         torch.set_num_threads(threads)
-    model = placed(mnemic.load(folder))
-    started = time.perf_counter()
-    if task == "text":
-        found = _text_loss(model, held_out, resolved)
-    else:
-        found = _recall(model, experiment, resolved) if task == "recall" else _babilong(model, folder, resolved)
-    base = base_model(model)
-    result = {
-        "settings": resolved,
-        "model": {k: v for k, v in describe(base).items() if k in ("memory", "segment")},
-        "host": base.mnemic.host_class.__name__,
-        "versions": {
-            "mnemic": mnemic.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": str(base.device),
-        "threads": torch.get_num_threads(),
-        "seconds": round(time.perf_counter() - started, 1),
-        **found,
-    }
-    _write(path, resolved, result)
-    _print(task, result)
-    typer.echo(f"{path}: {result['seconds']} s", err=True)
+    if _is_text(folders[0], tasks):
+        from .held_out import evaluate_held_out
+
+        evaluate_held_out(folders, data, samples, batch_size, seeds, output)
+        return
+    settings = {
+        "tasks": tasks, "lengths": lengths, "seeds": seeds, "samples": samples, "batch_size": batch_size, "data": data,
+        "split": split, "prompt": prompt,
+    }  # fmt: skip
+    _evaluate(folders, settings, output)
 
 
-def _check_babilong(settings: dict[str, Any]) -> None:
-    """Names that are wrong are told before the model is loaded."""
-    from ..benchmarks import babi
-    from ..benchmarks.babilong import LABELS, LENGTHS, data_folder
-    from ..core.errors import UnknownNameError
+def _is_text(folder: Path, tasks: str | None) -> bool:
+    from ..benchmarks.experiment import SETTINGS, Experiment
 
-    folder = data_folder(settings["data"])
-    settings["facts"] = "generated" if folder is None else "released"
-    for name in settings["tasks"]:
-        if name not in LABELS:
-            raise UnknownNameError.of("BABILong task", name, LABELS)
-    for name in settings["lengths"]:
-        if name not in LENGTHS and not name.isdigit():
-            raise UnknownNameError.of("length", name, LENGTHS)
-    if settings["split"] not in babi.SPLITS:
-        raise UnknownNameError.of("split", settings["split"], babi.SPLITS)
+    if tasks is not None:
+        return tasks.strip() == "text"
+    file = folder / SETTINGS
+    return file.is_file() and Experiment.read(file).task == "text"
 
 
-def _held_out(folder: Path, settings: dict[str, Any]) -> list[Any]:
-    """Held-out documents of the data, of each part its share, in an order that the seed shuffles."""
-    from itertools import islice
+def _evaluate(folders: list[Path], given: dict[str, Any], output: Path | None) -> None:
+    from ..benchmarks import results
+    from ..benchmarks.evaluation import evaluate as answer
+    from ..benchmarks.report import check_plots, print_report, write_report
+    from ..benchmarks.trained import open_run
+    from ..core.errors import InputError
+    from ._shared import console
 
-    from ..core.errors import ConfigError, DataError
-    from ..training import Mixture
-    from ..training.mixture import is_prepared
-    from ..training.shards import VALIDATION
-    from ..training.tokenizer import tokenizer_fingerprint
-    from ._shared import tokenizer
+    check_plots()
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise InputError(f"Runs of equal names: {', '.join(names)}. Reports tell models by the names of their folders.")
+    if output is None and len(folders) > 1:
+        raise InputError("Several runs share a report: say where with --output DIR.")
+    evaluated, models, shown = [], [], None
+    for folder, name in zip(folders, names, strict=True):
+        trained = open_run(folder)
+        evaluation = _evaluation(given, trained)
+        cells = evaluation.cells(trained.tokenizer, trained.unit, trained.sizes)
+        shown = {key: value for key, value in evaluation.identity(trained.model).items() if key != "model"}
+        place = output if output is not None else folder / "evaluations" / _slug(evaluation.tasks, shown)
+        place.mkdir(parents=True, exist_ok=True)
+        log = place / f"{name}.jsonl"
+        answer(trained.model, cells, evaluation, log, progress=sys.stderr.isatty())
+        evaluated.append(results.Evaluated(name, log))
+        models.append(trained.description(name))
+        output = place
+    assert output is not None
+    found, costs = results.summarise(evaluated)
+    found = {"title": f"Evaluation of {', '.join(names)}", "scale": None, "settings": shown, "models": models, **found}
+    written = write_report(found, costs, output)
+    print_report(found, costs, console())
+    typer.echo(f"Written: {', '.join(str(path) for path in written)}", err=True)
 
-    data = settings["data"]
-    if data is None or not is_prepared(data):
+
+def _evaluation(given: dict[str, Any], trained: Any) -> Any:
+    from ..benchmarks.evaluation import Evaluation
+    from ..core.errors import ConfigError
+    from ._shared import numbers, words
+
+    tasks = trained.tasks if given["tasks"] is None else words(given["tasks"], "--tasks")
+    if not tasks or "text" in tasks:
         raise ConfigError(
-            f"{data or folder}: text is measured on documents kept apart; prepare them with mnemic prepare "
-            "--validation-fraction X and name the folder with --data."
+            f"{trained.folder} does not say what to evaluate; name tasks with --tasks (mnemic eval --list has them), "
+            "or text alone."
         )
-    mixture = Mixture.open(data, split=VALIDATION, seed=settings["seed"])
-    if tokenizer_fingerprint(tokenizer(folder)) != mixture.parts[0].store.fingerprint:
-        raise DataError(
-            f"{data} was prepared with another tokenizer; prepare it with that of the run: --tokenizer {folder}."
-        )
-    settings["samples"] = min(settings["samples"], sum(len(part.store) for part in mixture.parts))
-    chosen = islice(mixture.documents(), settings["samples"])
-    return [mixture.parts[part].store[document] for part, document in chosen]
-
-
-def _text_loss(model: Any, documents: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
-    from ..benchmarks.held_out import evaluate_text, summarise
-
-    records = evaluate_text(model, documents, batch_size=settings["batch_size"], progress=True)
-    return {**summarise(records), "records": records}
-
-
-def _babilong(model: Any, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    from ..benchmarks.babilong import data_folder, open_babilong
-    from ..benchmarks.background import named
-    from ..benchmarks.evaluate import evaluate_babilong, score
-    from ..benchmarks.haystack import Haystack
-    from ..hosts import base_model
-    from ._shared import tokenizer
-
-    words = tokenizer(folder, getattr(base_model(model).config, "_name_or_path", None))
-    source = data_folder(settings["data"])
-    haystack = Haystack(named("books" if source else "prose", settings["split"], source), words)
-    opened = {}
-    for name in settings["tasks"]:
-        for length in settings["lengths"]:
-            opened[name, length] = open_babilong(
-                name, int(length) if length.isdigit() else length, words, settings["split"],
-                data=source, seed=settings["seed"], background=haystack,
-            )  # fmt: skip
-    records, scores = [], []
-    for (name, length), samples in opened.items():
-        answered = evaluate_babilong(
-            model, words, samples, batch_size=settings["batch_size"], count=settings["samples"], progress=True
-        )
-        records += answered
-        by_rule = {rule: _numbers(score(answered, rule)) for rule in ("official", "fixed")}
-        tokens = sum(r["tokens"] for r in answered) / len(answered)
-        scores.append({"task": name, "length": length, "mean_tokens": round(tokens), **by_rule})
-    return {"scores": scores, "records": records}
-
-
-def _recall(model: Any, experiment: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    from ..benchmarks.building import recall_task
-    from ..benchmarks.evaluate import evaluate_recall
-
-    task = recall_task(experiment)
-    results = evaluate_recall(
-        model, task, settings["segments"], count=settings["samples"], seed=settings["seed"], progress=True
+    return Evaluation(
+        tasks=tasks,
+        lengths=None if given["lengths"] is None else words(given["lengths"], "--lengths"),
+        seeds=numbers(given["seeds"], "--seeds"),
+        samples=given["samples"],
+        batch_size=given["batch_size"],
+        data=given["data"] or (trained.experiment.data if trained.experiment is not None else None),
+        split=given["split"],
+        prompt=given["prompt"],
     )
-    scores = [
-        {"segments": n, "distance": distance, **_numbers(one)}
-        for n, by_distance in results.items()
-        for distance, one in by_distance.items()
-    ]
-    return {"chance": task.chance, "scores": scores}
 
 
-def _numbers(score: Any) -> dict[str, Any]:
-    return {
-        "correct": score.correct,
-        "count": score.count,
-        "accuracy": round(score.accuracy, 4),
-        "interval": round(score.interval, 4),
-    }
+def _slug(tasks: tuple[str, ...], settings: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"{'-'.join(tasks)[:40]}-{digest[:8]}"
 
 
-def _write(path: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:
-    from ..core.files import replace_atomically
-
-    # JSON text, numbers and lists are TOML.
-    toml = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items() if value is not None)
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    replace_atomically(path.with_suffix(".toml"), lambda temporary: _text(temporary, toml))
-    replace_atomically(path, lambda temporary: _text(temporary, text))
-
-
-def _text(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")
-
-
-def _print(task: str, result: dict[str, Any]) -> None:
+def _list() -> None:
+    from ..benchmarks.catalog import catalog
     from ._shared import console, table
 
-    if task == "recall":
-        shown = table(f"recall, chance {100 * result['chance']:.1f}%", "segments", "distance", "accuracy", "samples",
-                      right=("segments", "distance", "accuracy", "samples"))  # fmt: skip
-        for s in result["scores"]:
-            shown.add_row(str(s["segments"]), str(s["distance"]), _percent(s), str(s["count"]))
-    elif task == "text":
-        title = f"held-out text, {result['documents']:,} documents, {result['tokens']:,} tokens predicted"
-        shown = table(title, "state", "loss", "perplexity", right=("loss", "perplexity"))
-        said = {"carried": "carried through a document", "anew": "new for every segment"}
-        for s in result["scores"]:
-            shown.add_row(said[s["state"]], f"{s['loss']:.4f}", f"{s['perplexity']:,.2f}")
-        interval = "" if result["interval"] is None else f" ± {result['interval']:.4f}"
-        shown.add_row("gain of carrying", f"{result['gain']:.4f}{interval}", "")
-    else:
-        settings = result["settings"]
-        columns = ("tokens", "official rule", "fixed rule", "samples")
-        title = f"BABILong, {settings['split']}, {settings['facts']} facts"
-        shown = table(title, "task", "length", *columns, right=columns)
-        for s in result["scores"]:
-            rules = _percent(s["official"]), _percent(s["fixed"])
-            shown.add_row(s["task"], s["length"], f"{s['mean_tokens']:,}", *rules, str(s["official"]["count"]))
+    shown = table("", "task", "unit of length", "lengths by default", "needs", "source")
+    for entry in catalog():
+        shown.add_row(entry.name, entry.unit, ", ".join(entry.lengths), entry.needs or "", entry.source)
     console().print(shown)
-
-
-def _percent(score: dict[str, Any]) -> str:
-    return f"{100 * score['accuracy']:.1f} ± {100 * score['interval']:.1f}%"

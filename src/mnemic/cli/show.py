@@ -43,8 +43,8 @@ def show(
     quiet()
     given = settings(change or ())
     for key in given:
-        if key == "recall_options":
-            raise ConfigError("--set recall.…: the recall task is a setting of mnemic train.")
+        if key == "task_options":
+            raise ConfigError("--set task.…: sizes of a task are settings of mnemic train.")
     host_options = given.pop("host_options", {})
     options = {**given.pop("memory_options", {}), **given}
     chosen = memory_config(name, **options)

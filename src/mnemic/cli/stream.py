@@ -100,9 +100,10 @@ def pieces(file: TextIO) -> Iterator[str]:
 def _open(model: str, memory: str | None, segment: int | None) -> Any:
     import mnemic
 
+    from ..benchmarks.trained import check_folder
     from ..core.errors import ConfigError
     from ..hosts.saving import ADAPTER, HEADER
-    from ._shared import check_folder, host_config, placed
+    from ._shared import host_config, placed
 
     saved = any((Path(model) / name).is_file() for name in (ADAPTER, HEADER))
     if memory is None:
@@ -121,11 +122,11 @@ def _open(model: str, memory: str | None, segment: int | None) -> Any:
 
 def _tokenizer(model: str, attached: Any, given: str | None) -> Any:
     from ..hosts import base_model
-    from ._shared import tokenizer
+    from ..training.tokenizer import find_tokenizer
 
     if given is not None:
-        return tokenizer(given)
-    return tokenizer(model, getattr(base_model(attached).config, "_name_or_path", None))
+        return find_tokenizer(given)
+    return find_tokenizer(model, getattr(base_model(attached).config, "_name_or_path", None))
 
 
 def _feed(running: Any, file: TextIO, name: str) -> bool:

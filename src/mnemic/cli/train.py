@@ -14,8 +14,12 @@ def train(
         Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings; everything below overrides them.")
     ] = None,
     memory: Annotated[str | None, typer.Option(metavar="NAME", help="Memory: a name, or name:preset. [lm2]")] = None,
-    task: Annotated[str | None, typer.Option(metavar="TASK", help="recall, babilong or text. [babilong]")] = None,
-    tasks: Annotated[str | None, typer.Option(metavar="NAMES", help="BABILong tasks, such as qa1,qa2. [qa1]")] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="TASK", help="babilong, text, recall, segment_mqar, chomsky, ... [babilong]")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="BABILong tasks, such as qa1,qa2; chomsky: one. [qa1]")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Folder with bAbI and books, or $MNEMIC_DATA; text: .txt, or prepared."),
@@ -30,7 +34,7 @@ def train(
     seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of weights and data. [0]")] = None,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any setting; memory.KEY, host.KEY and recall.KEY for parts."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting; memory.KEY, host.KEY and task.KEY for parts."),
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
@@ -122,14 +126,27 @@ def train(
 
 
 def tokens_expected(experiment: Any) -> int:
-    """Tokens of the whole run, on average over the random numbers of segments; padding of short documents counts."""
+    """Tokens of the whole run, on average over the random sizes of samples; padding of short documents counts."""
+    if not experiment.by_segments:
+        return _tokens_drawn(experiment)
     stages, per_stage = experiment.most_segments, experiment.law().stage_batches
     total = 0.0
     for i, most in enumerate(stages):
         left = max(experiment.steps * experiment.gradient_accumulation - i * per_stage, 0)
         batches = left if i == len(stages) - 1 else min(per_stage, left)
         total += batches * (most if experiment.stateful else (experiment.least_segments + most) / 2)
-    return round(total * experiment.batch_size * experiment.segment)
+    return round(total * experiment.batch_size * experiment.counted)
+
+
+def _tokens_drawn(experiment: Any) -> int:
+    """By the sizes of the first 64 batches."""
+    from itertools import islice
+
+    from ..benchmarks.building import examples
+
+    batch = experiment.batch_size
+    sizes = [len(e["input_ids"]) for e in islice(examples(experiment, None, None), 0, 64 * batch, batch)]
+    return round(sum(sizes) / len(sizes) * experiment.steps * experiment.gradient_accumulation * batch)
 
 
 def _check_host(experiment: Any) -> None:
@@ -157,7 +174,7 @@ def _announce(experiment: Any, model: Any) -> None:
         ("memory", f"{experiment.memory}, {report['memory']['total']:,} parameters"),
         ("host", f"{experiment.host}, {report['host']['total']:,} parameters"),
         ("task", f"{name}; {_source(experiment)}"),
-        ("samples", f"{drawn} segments of {experiment.segment} tokens"),
+        ("samples", f"{drawn} segments of {experiment.counted} tokens"),
         ("run", f"{experiment.steps:,} steps of {experiment.batch_size}, about {tokens_expected(experiment):,} tokens"),
         ("on", device),
     ):
@@ -167,8 +184,8 @@ def _announce(experiment: Any, model: Any) -> None:
 def _source(experiment: Any) -> str:
     from ..benchmarks.babilong import data_folder
 
-    if experiment.task == "recall":
-        sizes = experiment.recall_options.items()
+    if experiment.task not in ("babilong", "text"):
+        sizes = experiment.task_options.items()
         return ", ".join(f"{key} = {value}" for key, value in sizes) or "standard sizes"
     if experiment.task == "text":
         return experiment.data or "prose that comes with Python"

@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, InputError
 
 SPECIAL = ["<pad>", "<unk>", "<eos>"]
 BYTES = 256
@@ -43,6 +44,11 @@ def listed_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenize
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+
+
+def numbered_tokenizer(count: int) -> PreTrainedTokenizerFast:
+    """For tasks made of token ids: the words "0" to "count - 1", which are their own ids."""
+    return listed_tokenizer([str(i) for i in range(count)])
 
 
 def byte_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -85,3 +91,20 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         content = {key: value for key, value in whole.items() if key not in ("padding", "truncation", "version")}
     end = tokenizer.eos_token_id
     return hashlib.sha256(json.dumps([content, end], sort_keys=True).encode()).hexdigest()
+
+
+def find_tokenizer(*places: str | Path | None) -> Any:
+    """The tokenizer of the first place, a folder or a name on the hub, that has one.
+
+    Raises:
+        InputError: none has.
+    """
+    named = [str(place) for place in places if place]
+    for place in named:
+        if Path(place).is_dir() and not (Path(place) / "tokenizer_config.json").is_file():
+            continue
+        try:
+            return AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError):
+            continue
+    raise InputError(f"No tokenizer in {' or '.join(named) or 'the model'}; name the folder of one.")

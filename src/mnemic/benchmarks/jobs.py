@@ -1,0 +1,135 @@
+"""Jobs of a comparison: trained and measured in folders of their own, one after the other, in processes, or with Ray.
+
+A job depends on nothing but its settings, and its folder tells how far it is, so any process of any machine that sees
+the folder can do it or go on with it. A job that its memory or host refuses is reported and stops nothing; other
+errors are not caught.
+"""
+
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..core.errors import MissingExtraError, MnemicError, TrainingError
+from ..core.files import replace_atomically
+from ..training.checkpoints import checkpoints
+from .comparison import Job
+from .evaluation import evaluate
+from .experiment import LOG, SETTINGS
+from .runs import run
+from .trained import open_run
+
+ANSWERS, DESCRIPTION = "answers.jsonl", "description.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A job's end: refused says why a memory or host would not take part, or None."""
+
+    job: Job
+    refused: str | None = None
+
+
+def run_jobs(
+    jobs: Sequence[Job], folder: str | Path, *, processes: int = 1, threads: int = 1, ray: str | None = None
+) -> Iterator[Outcome]:
+    """Do what is left of the jobs, in any order.
+
+    Args:
+        folder: of the comparison; with Ray, at the same path on every machine.
+        processes: jobs at a time on this machine. threads: CPU threads of each.
+        ray: address of a Ray cluster, "local" for this machine; None to do without.
+
+    Raises:
+        MissingExtraError: Ray is not installed. TrainingError: a run was stopped by a signal.
+    """
+    if ray is not None:
+        yield from _with_ray(jobs, Path(folder), threads, ray)
+    elif processes == 1:
+        with _threads(threads):
+            yield from (do(job, Path(folder)) for job in jobs)
+    else:
+        # Spawned: a forked process with torch's threads in it may hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context, _begin, (threads,)) as pool:
+            started = [pool.submit(do, job, Path(folder)) for job in jobs]
+            try:
+                yield from (done.result() for done in as_completed(started))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def do(job: Job, folder: Path) -> Outcome:
+    """Train, or go on with it; answer what has not been answered; leave DESCRIPTION, which ends the job."""
+    place = folder / job.folder
+    try:
+        log = (
+            {} if _trained(job, place) else run(job.experiment, place, progress=False, resume=bool(checkpoints(place)))
+        )
+        if "stopped" not in log:
+            _measure(job, place)
+    except MnemicError as error:
+        return Outcome(job, str(error))
+    if "stopped" in log:
+        raise TrainingError(f"{place}: stopped by {log['stopped']['signal']}; the same command goes on.")
+    return Outcome(job)
+
+
+def _measure(job: Job, place: Path) -> None:
+    trained = open_run(place)
+    cells = job.evaluation.cells(trained.tokenizer, trained.unit, trained.sizes)
+    evaluate(trained.model, cells, job.evaluation, place / ANSWERS)
+    text = json.dumps(trained.description(job.entry), indent=1)
+    replace_atomically(place / DESCRIPTION, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _trained(job: Job, place: Path) -> bool:
+    settings = place / SETTINGS
+    same = settings.is_file() and settings.read_text(encoding="utf-8") == job.experiment.to_toml()
+    return same and (place / LOG).is_file()
+
+
+def _with_ray(jobs: Sequence[Job], folder: Path, threads: int, address: str) -> Iterator[Outcome]:
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtraError("Ray is not installed: pip install 'mnemic[ray]', or leave --ray out.") from error
+    ray.init(address=address, log_to_driver=False)
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+
+    def remote(job: Job) -> Outcome:
+        _begin(threads)
+        return do(job, folder.resolve())
+
+    try:
+        task: Any = ray.remote(num_cpus=threads, num_gpus=gpus)(remote)
+        left = [task.remote(job) for job in jobs]
+        while left:
+            done, left = ray.wait(left)
+            yield from ray.get(done)
+    finally:
+        ray.shutdown()
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    _begin(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,115 @@
+"""Results of evaluations: scores with intervals out of logs, as plain data for reports.
+
+Scores depend on the records alone, so equal records give equal bytes. Costs (seconds, tokens a second, peak memory) are
+measurements and kept apart.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import log
+
+RULES = ("official", "fixed")
+_RESAMPLES = 2000
+_Z = 1.96
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A model that was evaluated.
+
+    Attributes:
+        model: its name in reports. log: what it answered. train_seed: of its training, where several are compared.
+        trained_on: stands before the names of tasks, where models of equal names were trained on different ones.
+    """
+
+    model: str
+    log: Path
+    train_seed: int | None = None
+    trained_on: str | None = None
+
+
+def summarise(runs: Sequence[Evaluated]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Scores and costs of every cell.
+
+    Returns: {"scores": [...], "grouped": [...]} and costs. A score has model, task, length, train_seed, seed, count,
+    chance, mean_tokens, truncated, and for each rule mean, low and high: the 95% interval of Wilson where every score
+    is 0 or 1, of 2,000 bootstrap resamples otherwise. "grouped" has means by depth (whole percent) or distance
+    (segments). A cost has seconds, tokens_per_second and peak_bytes.
+    """
+    scores, grouped, costs = [], [], []
+    for run in runs:
+        for cell, lines in _cells(run.log):
+            task = cell["task"] if run.trained_on is None else f"{run.trained_on}: {cell['task']}"
+            name = {"model": run.model, **cell, "task": task, "train_seed": run.train_seed}
+            records = [record for line in lines for record in line["records"]]
+            scores.append({**name, "chance": lines[0]["chance"], **_score(records)})
+            grouped += [{**name, **group} for group in _groups(records)]
+            costs.append({**name, **_cost(lines, records)})
+    return {"scores": scores, "grouped": grouped}, costs
+
+
+def _cells(path: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Lines by cell, in the order of the log; a cell's lines in the order of its batches."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for line in log.batches(path):
+        found[line["task"], line["length"], line["seed"]].append(line)
+    for (task, length, seed), lines in found.items():
+        yield {"task": task, "length": length, "seed": seed}, sorted(lines, key=lambda line: line["batch"])
+
+
+def _score(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "count": len(records),
+        "mean_tokens": round(sum(r["tokens"] for r in records) / len(records)),
+        "truncated": sum(r["truncated"] for r in records),
+        **{rule: interval([float(r[rule]) for r in records]) for rule in RULES},
+    }
+
+
+def _groups(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for by in ("depth", "distance"):
+        values: dict[float, list[Mapping[str, Any]]] = defaultdict(list)
+        for record in records:
+            for part in record.get("parts", (record,)):
+                if by in part:
+                    # Depths are continuous where a needle may stand anywhere.
+                    values[round(part[by])].append(part)
+        for value, group in sorted(values.items()):
+            means = {rule: round(sum(p[rule] for p in group) / len(group), 6) for rule in RULES}
+            yield {"by": by, "value": value, "count": len(group), **means}
+
+
+def _cost(lines: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    seconds = sum(line["seconds"] for line in lines)
+    peaks = [line["peak_bytes"] for line in lines if line["peak_bytes"] is not None]
+    return {
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(sum(r["tokens"] for r in records) / seconds, 1) if seconds else None,
+        "peak_bytes": max(peaks, default=None),
+    }
+
+
+def interval(scores: Sequence[float]) -> dict[str, float]:
+    """Mean of scores from 0 to 1, and its 95% interval, {"mean", "low", "high"}."""
+    mean = sum(scores) / len(scores)
+    if all(score in (0.0, 1.0) for score in scores):
+        low, high = wilson(mean, len(scores))
+    else:
+        draws = np.random.default_rng(0).integers(len(scores), size=(_RESAMPLES, len(scores)))
+        low, high = np.quantile(np.asarray(scores)[draws].mean(1), (0.025, 0.975)).tolist()
+    return {"mean": round(mean, 6), "low": round(low, 6), "high": round(high, 6)}
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95% interval of a share of `count` draws (Wilson 1927)."""
+    shrunk = 1 + _Z**2 / count
+    centre = (share + _Z**2 / (2 * count)) / shrunk
+    half = _Z / shrunk * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
