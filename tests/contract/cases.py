@@ -126,12 +126,12 @@ def pairs(
     cases: list[Case] = CASES, hosts: tuple[str, ...] = tuple(HOSTS), usual_hosts: tuple[str, ...] = tuple(HOSTS)
 ) -> Any:
     """Parametrises (case, host). By default run: the first case of a memory on `usual_hosts` (of the later systems on
-    three of them), the other cases of the first systems on llama and gpt2, and those of the later ones on llama, for
-    tests that name no hosts. The rest is slow."""
+    three of them), the other cases of the first systems on llama, and those of the later ones there for tests that name
+    no hosts. The rest is slow."""
     params, central = [], hosts == usual_hosts == tuple(HOSTS)
     for c in cases:
         first = c.memory in FIRST
-        others = ("llama", "gpt2") if first else ("llama",) * central
+        others = ("llama",) * (first or central)
         usual = (usual_hosts if first else FEW_HOSTS) if c.usual else others
         for host in hosts:
             if host in c.hosts:

@@ -29,6 +29,7 @@ SITE_METHODS: Mapping[str, Site] = {
     "attention": "attention",
     "linear": "attention",
     "before_layer": "residual",
+    "around_block": "residual",
     "residual": "residual",
     "after_layer": "residual",
     "feed_forward": "feed_forward",
@@ -216,12 +217,24 @@ class Memory(nn.Module):
     """Memory tokens behind each complete segment; their last hidden states reach `commit` as `written`."""
     bidirectional_tokens: bool = False
     """Memory tokens of one end see each other in both directions."""
+    num_inner_tokens: int = 0
+    """Memory tokens (`inner_tokens`) before every `inner_every`-th text token of a segment but the first."""
+    inner_every: int = 1
+    shifting_tokens: bool = True
+    """Memory tokens take positions; otherwise each has the position of the text token behind it."""
+    keeps_embeddings: bool = False
+    """The text's input embeddings (B, T, d) reach `commit` as `trace[-1]["embeddings"]`, and `tokens` gets what
+    `prepare` and `fetch` made, batch first, beside the state."""
+    makes_masks: bool = False
+    """The host gets no mask: `attention` makes those that it needs with `Step.visible`."""
     num_sinks: int = 0
     """With `continuous`: the first tokens of a stream, which stay in sight of all."""
     continuous: bool = False
     """No segments and no commits: positions count from the start of the stream, `window` says how far tokens see."""
     owns_cache: bool = False
     """The host keeps no keys and values: `attention` gets this step's only and keeps what it wants in its buffers."""
+    keeps_hidden: bool = False
+    """The text's last hidden states, after the host's final norm, reach `commit` as `trace[-1]["hidden"]`."""
     companion: Any = None
     """A second language model that reads the same tokens, for `logits` (`Step.companion_logits`)."""
 
@@ -238,7 +251,7 @@ class Memory(nn.Module):
     def sites(self) -> frozenset[Site]:
         """The sites this memory reads at: those whose methods it overrides."""
         found: set[Site] = {site for method, site in SITE_METHODS.items() if self.uses(method)}
-        if self.num_read_tokens or self.num_write_tokens:
+        if self.num_read_tokens or self.num_write_tokens or self.num_inner_tokens:
             found.add("tokens")
         return frozenset(found)
 
@@ -281,18 +294,33 @@ class Memory(nn.Module):
         return {}
 
     def fetch(self, state: State, tokens: Tensor, step: Step) -> dict[str, Tensor]:
-        """What the sites need from elsewhere for the text tokens of this step, ids (B, T) or embeddings (B, T, d)."""
+        """What the sites need from elsewhere for the text tokens of this step, ids (B, T) or embeddings (B, T, d):
+        always the latter with `keeps_embeddings`."""
         return {}
 
     # Sites, in the order in which a token meets them
 
     def tokens(self, state: State) -> tuple[Tensor, Tensor]:
-        """Read and write tokens as input embeddings, (B, num_read_tokens, d) and (B, num_write_tokens, d)."""
+        """Read and write tokens as input embeddings, (B or 1, num_read_tokens, d), (B or 1, num_write_tokens, d)."""
         raise TypeError(f"{type(self).__name__} declares memory tokens and must override `tokens`.")
+
+    def tokens_there(self, state: State) -> Tensor:
+        """Rows (B,) bool that have their read tokens. If overridden, the others' text does not see them, and stands
+        where it would without them on hosts with a table of positions."""
+        raise TypeError(f"{type(self).__name__} has its read tokens in every row.")
+
+    def inner_tokens(self, state: State) -> Tensor:
+        """One group of inner tokens as input embeddings, (B or 1, num_inner_tokens, d)."""
+        raise TypeError(f"{type(self).__name__} declares inner tokens and must override `inner_tokens`.")
 
     def before_layer(self, x: Tensor, step: Step) -> Tensor:
         """What the block reads, (B, T, d), from what it was given."""
         return x
+
+    def around_block(self, x: Tensor, run: Callable[..., Tensor], step: Step) -> Tensor:
+        """In place of the block: (B, T, d) from its input. `run(x)` is the host's own, and may be called several times;
+        `run(x, writing=True)` sets `Step.writing` meanwhile. What the last call keeps of a token counts."""
+        return run(x)
 
     def before_attention(self, x: Tensor, step: Step) -> Tensor:
         """What the attention reads, (B, T, d), from what it was given (normalised in pre-norm hosts)."""

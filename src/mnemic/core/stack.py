@@ -54,10 +54,13 @@ class Stack(Memory):
             self.parts[f"{one.name}-{same + 1}" if same else one.name] = memory_class(one.name)(one, host)
         self.members: Mapping[str, Memory] = dict(self.parts.items())  # pyright: ignore[reportAttributeAccessIssue]
         _check(self.members)
-        for name in ("num_read_tokens", "num_write_tokens", "num_sinks"):
+        for name in ("num_read_tokens", "num_write_tokens", "num_inner_tokens", "num_sinks"):
             setattr(self, name, sum(getattr(m, name) for m in self.members.values()))
-        for name in ("bidirectional_tokens", "continuous", "owns_cache", "write_pass"):
+        self.inner_every = max(m.inner_every for m in self.members.values())
+        self.shifting_tokens = all(m.shifting_tokens for m in self.members.values())
+        for name in ("bidirectional_tokens", "continuous", "owns_cache", "write_pass", "makes_masks", "keeps_hidden"):
             setattr(self, name, any(getattr(m, name) for m in self.members.values()))
+        self.keeps_embeddings = any(m.keeps_embeddings for m in self.members.values())
 
     @property
     def croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -146,6 +149,14 @@ class Stack(Memory):
         name = next(n for n, m in self.members.items() if "tokens" in m.sites)
         return self.members[name].tokens(self._part(name, state))
 
+    def tokens_there(self, state: State) -> Tensor:
+        name = next(n for n, m in self.members.items() if m.uses("tokens_there"))
+        return self.members[name].tokens_there(self._part(name, state))
+
+    def inner_tokens(self, state: State) -> Tensor:
+        name = next(n for n, m in self.members.items() if m.num_inner_tokens)
+        return self.members[name].inner_tokens(self._part(name, state))
+
     def write_input(self, state: State, embeddings: Tensor) -> Tensor:
         name = next(n for n, m in self.members.items() if m.write_pass)
         return self.members[name].write_input(self._part(name, state), embeddings)
@@ -166,6 +177,11 @@ class Stack(Memory):
         for member, own in self._at("before_layer", step):
             x = member.before_layer(x, own)
         return x
+
+    def around_block(self, x: Tensor, run: Callable[..., Tensor], step: Step) -> Tensor:
+        for member, own in self._at("around_block", step):
+            run = _around_block(member, run, own)
+        return run(x)
 
     def before_attention(self, x: Tensor, step: Step) -> Tensor:
         for member, own in self._at("before_attention", step):
@@ -219,7 +235,9 @@ class Stack(Memory):
         return [
             (m, step.scoped(f"{n}/"))
             for n, m in self.members.items()
-            if m.uses(method) and (method == "logits" or step.layer in m.layers) and (m.write_pass or not step.writing)
+            if m.uses(method)
+            and (method == "logits" or step.layer in m.layers)
+            and (m.write_pass or m.uses("around_block") or not step.writing)
         ]
 
     def _part(self, name: str, state: State) -> State:
@@ -236,6 +254,10 @@ class Stack(Memory):
                 i: {n.removeprefix(prefix): t for n, t in trace.items() if n.startswith(prefix)}
                 for i, trace in traces.items()
             }
+            # What the host gives is nobody's own.
+            shared = {n: t for n, t in traces.get(-1, {}).items() if n in ("hidden", "embeddings")}
+            if shared:
+                picked[-1] = {**picked[-1], **shared}
             return {i: trace for i, trace in picked.items() if trace}
 
         return replace(segment, trace=own(segment.trace), written_trace=own(segment.written_trace))
@@ -250,6 +272,10 @@ def _nested(member: Memory, step: Step, call: AttentionCall) -> Callable[..., Te
 
 def _around(member: Memory, mlp: Callable[[Tensor], Tensor], step: Step) -> Callable[[Tensor], Tensor]:
     return lambda x: member.feed_forward(x, mlp, step)
+
+
+def _around_block(member: Memory, run: Callable[..., Tensor], step: Step) -> Callable[..., Tensor]:
+    return lambda x, **how: run(x, **how) if how else member.around_block(x, run, step)
 
 
 def _check(members: Mapping[str, Memory]) -> None:

@@ -30,6 +30,10 @@ class Host(Protocol):
         """What stands before the attention of layer `layer`: residual stream in, input of the attention out."""
         ...
 
+    def run(self, embeddings: Tensor) -> Tensor:
+        """Last hidden states (B, n, d), after the final norm, of the host alone on input embeddings (B, n, d)."""
+        ...
+
     def embed(self, ids: Tensor) -> Tensor:
         """Rows (..., d) of the host's table of token embeddings for ids (...), without positions or scaling."""
         ...
@@ -56,8 +60,9 @@ class Frame:
     real: (B, T) bool, the tokens that are text of a row that takes them; None where all are.
     places: (B or 1, T) int64, each token's number in its stream, -1 for memory tokens. key_places: (B or 1, K), those
     of the visible keys, -1 for unused columns; None where keys and tokens are the same.
-    num_read, num_write: memory tokens in front of and behind the text. window: tokens in sight of a continuous memory.
-    first: host position of a segment's first text token, behind what memories keep free before it.
+    num_read, num_inner, num_write: memory tokens in front of and behind the text, inner ones first. view: asked by
+    `Step.visible`. window: tokens in sight of a continuous memory.
+    first: host position of a segment's first text token, behind what memories keep free before it. segment: its tokens.
     columns: the open segment's store of features; None where nothing is kept from call to call.
     buffers: tensors (B, ...) that the stream owns and the memory may change in place; None where there is no stream.
     writing: this is the second pass of a memory with `write_pass`. diagnosing: `Memory.diagnostics` will be asked.
@@ -75,8 +80,11 @@ class Frame:
     key_places: Tensor | None = None
     num_read: int = 0
     num_write: int = 0
+    num_inner: int = 0
+    view: Any = None
     window: int = 0
     first: int = 0
+    segment: int = 0
     columns: Columns | None = None
     buffers: MutableMapping[str, Tensor] | None = None
     writing: bool = False
@@ -149,6 +157,11 @@ class Step:
         return self.frame.num_write
 
     @property
+    def num_inner(self) -> int:
+        """Inner memory tokens, which come behind the text although they stand in its midst."""
+        return self.frame.num_inner
+
+    @property
     def window(self) -> int:
         """With `Memory.continuous`: how many of the last tokens a token sees, itself counted and sinks not."""
         return self.frame.window
@@ -159,13 +172,36 @@ class Step:
         return self.frame.first
 
     @property
+    def segment(self) -> int:
+        """Tokens T of a complete segment."""
+        return self.frame.segment
+
+    @property
     def streaming(self) -> bool:
         """Something is kept for later calls; otherwise this step is all there is of its segment."""
         return self.frame.columns is not None
 
     def text(self, x: Tensor) -> Tensor:
         """The tokens of `x` (B, T, ...) that are text."""
-        return x[:, self.num_read : x.shape[1] - self.num_write]
+        return x[:, self.num_read : x.shape[1] - self.num_inner - self.num_write]
+
+    def key_positions(self) -> Tensor:
+        """With `Memory.around_block`: host positions of all visible keys, (B or 1, K)."""
+        view = self.frame.view
+        return view.layout.position(view.keys()) + view.layout.offset
+
+    def memory_keys(self) -> Tensor:
+        """With `Memory.around_block`: which of the visible keys are memory tokens, their numbers (n,)."""
+        view = self.frame.view
+        keys, layout = view.keys()[0], view.layout
+        return ((keys < layout.text) | layout.is_inner(keys)).nonzero().squeeze(1)
+
+    def visible(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
+        """With `Memory.around_block`: who sees whom in this layer, (B or 1, 1, q, k) bool, for some tokens of this step
+        and some visible keys (all by default), given by their numbers (q,) and (k,)."""
+        view = self.frame.view
+        among = view.keys() if keys is None else view.keys()[:, keys]
+        return view.visible(view.columns[:, queries], among, self.host.span(self.layer))[:, None]
 
     def state(self, name: str) -> Tensor:
         """A tensor of the state, as it entered the step."""

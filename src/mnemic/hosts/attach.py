@@ -166,7 +166,7 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
         access.norms = find_norms(anatomy.layers, attentions, lambda: _run_once(base))
     sites = install_sites(name, memory, anatomy)
     hooks = []
-    if memory.num_write_tokens or memory.uses("logits"):
+    if memory.num_write_tokens or memory.keeps_hidden or memory.uses("logits"):
         hooks.append(anatomy.stack.register_forward_hook(LastHiddenHook(), with_kwargs=True))
     if inside:
         switch(base, attentions, {backend: NAMES[backend]})
@@ -195,12 +195,15 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
 
 def _layout(name: str, memory: Memory, anatomy: Anatomy, segment: int | None) -> Layout:
     before = memory.first_position() if memory.host.rotary else 0
-    around = before + memory.num_read_tokens + memory.num_write_tokens
+    around = before + (memory.num_read_tokens + memory.num_write_tokens) * memory.shifting_tokens
     limit = anatomy.max_positions
     if segment is None:
         segment = DEFAULT_SEGMENT if limit is None else min(DEFAULT_SEGMENT, limit - around)
+        while limit is not None and segment > 1 and segment + around + _inner(memory, segment) > limit:
+            segment -= 1
     if not isinstance(segment, int) or isinstance(segment, bool) or segment < 1:
         raise ConfigError(f"segment = {segment!r}, expected a number of tokens of at least 1.")
+    around += _inner(memory, segment)
     if limit is not None and segment + around > limit:
         raise ConfigError(
             f"A segment of {segment} tokens with {around} memory tokens needs {segment + around} positions, but "
@@ -217,7 +220,16 @@ def _layout(name: str, memory: Memory, anatomy: Anatomy, segment: int | None) ->
         continuous=memory.continuous,
         offset=before,
         own=memory.owns_cache,
+        inner=memory.num_inner_tokens,
+        inner_every=memory.inner_every,
+        shifting=memory.shifting_tokens,
+        maskless=memory.makes_masks,
     )
+
+
+def _inner(memory: Memory, segment: int) -> int:
+    """Host positions that the inner tokens of a segment take."""
+    return memory.num_inner_tokens * ((segment - 1) // memory.inner_every) * memory.shifting_tokens
 
 
 def _companion_spans(memory: Memory, layout: Layout) -> dict:

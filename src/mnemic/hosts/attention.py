@@ -111,7 +111,7 @@ class HostAccess:
     """See `core.step.Host`. blocks and their attentions are the host's; `stack` is the module that runs them."""
 
     def __init__(self, stack: nn.Module, attentions: list[nn.Module]):
-        self.attentions = attentions
+        self.attentions, self.stack = attentions, stack
         self.rotary_module = next((m for n, m in stack.named_children() if "rotary" in n), None)
         self.layer_types = getattr(getattr(stack, "config", None), "layer_types", None)
         self.norms: dict[int, nn.Module | None] = {}
@@ -143,7 +143,8 @@ class HostAccess:
         if turned is not None:
             given["position_embeddings"] = turned
         with running(capture):  # pyright: ignore[reportArgumentType]
-            type(attention).forward(attention, hidden_states=hidden, **given)
+            # GPT-2's linear layers take views of it.
+            type(attention).forward(attention, hidden_states=hidden.contiguous(), **given)
         assert capture.keys is not None
         assert capture.values is not None
         return capture.keys, capture.values
@@ -151,6 +152,18 @@ class HostAccess:
     def normalise(self, hidden: Tensor, layer: int) -> Tensor:
         norm = self.norms[layer]
         return hidden if norm is None else norm(hidden)
+
+    def run(self, embeddings: Tensor) -> Tensor:
+        if any(hasattr(p, "full_tensor") for p in self.stack.parameters()):
+            raise UnsupportedError(
+                "This memory runs the host's layers beside the text, and FSDP2 would not gather their weights for the "
+                "backward pass. Train replicas (DDP) instead."
+            )
+        places = torch.arange(embeddings.shape[1], device=embeddings.device).expand(embeddings.shape[0], -1)
+        with running(None):
+            return self.stack(
+                inputs_embeds=embeddings, attention_mask=None, position_ids=places, use_cache=False
+            ).last_hidden_state
 
     def embed(self, ids: Tensor) -> Tensor:
         assert isinstance(self.embeddings, nn.Module)

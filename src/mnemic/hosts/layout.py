@@ -4,11 +4,13 @@ A row's columns are its places in the segment, whatever the calls it arrived in:
 
     [ sinks | kept window | read tokens | text 0 .. T-1 | write tokens | scratch ]
 
-Every row is at its own column, so padded batches, beams and rows that commit at different times are the same case.
-Padding is written to the scratch column, which no real token sees.
+With inner tokens a group of them stands before text tokens k, 2k, ... of a segment. Every row is at its own column, so
+padded batches, beams and rows that commit at different times are the same case. Padding is written to the scratch
+column, which no real token sees.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,9 @@ class Layout:
 
     continuous: no segments; a token sees the last `window` tokens and the first `sinks` of its stream, where the host's
     own layers see as far. offset: host positions left free before each segment. own: the host keeps no keys and values.
+    inner: memory tokens of a group before every `inner_every`-th text token but the first. shifting: memory tokens take
+    positions as text does; else each has the position of the text token behind it. maskless: the host gets no mask, the
+    memory makes those that it needs.
     """
 
     segment: int
@@ -36,6 +41,10 @@ class Layout:
     continuous: bool = False
     offset: int = 0
     own: bool = False
+    inner: int = 0
+    inner_every: int = 1
+    shifting: bool = True
+    maskless: bool = False
 
     @property
     def text(self) -> int:
@@ -43,8 +52,18 @@ class Layout:
         return self.sinks + self.window + self.read
 
     @property
+    def groups(self) -> int:
+        """Groups of inner tokens in a segment."""
+        return (self.segment - 1) // self.inner_every if self.inner else 0
+
+    @property
+    def behind(self) -> int:
+        """First column behind the text of a segment."""
+        return self.text + self.segment + self.inner * self.groups
+
+    @property
     def scratch(self) -> int:
-        return self.text + self.segment + self.write
+        return self.behind + self.write
 
     @property
     def columns(self) -> int:
@@ -53,7 +72,41 @@ class Layout:
     @property
     def positions(self) -> int:
         """Host positions that one segment takes."""
-        return self.offset + self.read + self.segment + self.write
+        memory = self.read + self.inner * self.groups + self.write if self.shifting else 0
+        return self.offset + self.segment + memory
+
+    def column(self, index: Any) -> Any:
+        """Column of the text token that is number `index` (int or Tensor) of its segment."""
+        return self.text + index + (self.inner * (index // self.inner_every) if self.inner else 0)
+
+    def used(self, count: int) -> int:
+        """Columns up to the last of `count` text tokens."""
+        return self.column(count - 1) + 1 if count else self.text
+
+    def group_columns(self, group: Tensor) -> Tensor:
+        """Columns of the groups of inner tokens, numbered from 1; (..., G) -> (..., G * inner)."""
+        first = self.column(group * self.inner_every) - self.inner
+        return (first[..., None] + torch.arange(self.inner)).flatten(-2)
+
+    def index(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """For text columns the token's number in its segment, for inner ones that of the token behind them; and which
+        of them are text."""
+        offset = columns - self.text
+        text = (offset >= 0) & (columns < self.behind)
+        if not self.inner:
+            return offset, text
+        period = self.inner_every + self.inner
+        inside = offset.clamp_min(0) % period
+        index = offset // period * self.inner_every + inside.clamp_max(self.inner_every)
+        index = torch.where(columns < self.behind, index, offset - self.inner * self.groups)
+        return index, text & (inside < self.inner_every)
+
+    def is_inner(self, columns: Tensor) -> Tensor:
+        return (columns >= self.text) & (columns < self.behind) & ~self.index(columns)[1]
+
+    def position(self, columns: Tensor) -> Tensor:
+        """Position within a segment of the tokens at `columns`, before `offset`."""
+        return columns if self.shifting else self.index(columns)[0].clamp_min(0)
 
     def places(self, columns: Tensor, origin: Tensor) -> Tensor:
         """Number in the stream of the tokens at `columns` (B or 1, n); -1 for memory tokens and unused columns.
@@ -62,8 +115,8 @@ class Layout:
             origin: tokens read before the open segment, (B,).
         """
         origin = origin[:, None]
-        text = (columns >= self.text) & (columns < self.text + self.segment)
-        places = torch.where(text, origin + columns - self.text, -1)
+        index, text = self.index(columns)
+        places = torch.where(text, origin + index, -1)
         if self.window or self.sinks:
             kept = (columns >= self.sinks) & (columns < self.text)
             places = torch.where(kept, (origin + columns - self.text).clamp_min(-1), places)
@@ -95,14 +148,20 @@ class Layout:
                 # A sink stands farther away than its column, and no farther than the host sees.
                 assert origin is not None
                 at, of = self.places(queries, origin)[:, :, None], self.places(keys, origin)[:, None, :]
+            elif not self.shifting:
+                at, of = self.position(queries)[:, :, None], self.position(keys)[:, None, :]
             near = at - of < size if kind == "sliding_attention" else at // size == of // size
             # Memory tokens are always in sight, however narrow the host's own layers look.
-            seen = seen & (near | (k < self.text) & (k >= self.sinks + self.window))
+            memory = (k < self.text) & (k >= self.sinks + self.window)
+            seen = seen & (near | memory | self.is_inner(k) if self.inner else near | memory)
         if self.bidirectional:
-            last = self.text + self.segment
+            last = self.behind
             both_read = (q < self.text) & (k < self.text)
             both_write = (q >= last) & (k >= last) & (k < self.scratch)
             seen = seen | both_read | both_write
+            if self.inner:
+                same = self.index(q)[0] == self.index(k)[0]
+                seen = seen | (same & self.is_inner(q) & self.is_inner(k))
         return seen
 
 

@@ -70,7 +70,7 @@ def check_memory(model: "MemoryHost") -> None:
     """
     memory, name = model.memory, model.mnemic.host_class.__name__
     inside = memory.sites & {"attention", "residual", "feed_forward"}
-    writes = memory.num_write_tokens > 0
+    writes = memory.num_write_tokens > 0 or memory.keeps_hidden
     if not inside and not writes:
         return
     segment = model.mnemic.layout.segment

@@ -64,8 +64,8 @@ class Piece:
     """What one step of the host reads: `take[b]` tokens of row b from `offset[b]` on.
 
     fresh: no keys and values from before are seen or kept; the rows that take tokens stand in a new segment.
-    read, write: memory tokens take part in front and behind. width: the largest take. done: rows that reach a commit;
-    ended: rows that complete their segment.
+    read, write: memory tokens take part in front and behind; inner: so many groups of inner ones do. width: the largest
+    take. done: rows that reach a commit; ended: rows that complete their segment.
     """
 
     offset: Tensor
@@ -77,6 +77,7 @@ class Piece:
     done: Tensor
     ended: Tensor
     in_step: bool
+    inner: int = 0
 
 
 def next_piece(cache: MemoryCache, layout: Layout, offset: Tensor, lengths: Tensor, persistent: bool) -> Piece:
@@ -97,7 +98,13 @@ def next_piece(cache: MemoryCache, layout: Layout, offset: Tensor, lengths: Tens
         done=active & (after % layout.every == 0),
         ended=ended,
         in_step=bool((opened == opened[0]).all() and (take == take[0]).all()),
+        inner=int((_groups(layout, after) - _groups(layout, opened)).max()) if layout.inner else 0,
     )
+
+
+def _groups(layout: Layout, count: Tensor) -> Tensor:
+    """Groups of inner tokens that stand before the first `count` text tokens of a segment."""
+    return (count - 1).clamp_min(0) // layout.inner_every
 
 
 def cut(tokens: Tensor, piece: Piece) -> Tensor:
@@ -115,17 +122,26 @@ def columns_of(cache: MemoryCache, layout: Layout, piece: Piece, device: torch.d
     """Layout columns of the piece's queries, memory tokens included, (B or 1, Q)."""
     text = torch.arange(piece.width)
     if piece.fresh:
-        columns = (layout.text + text)[None]
+        columns = layout.column(text)[None]
     else:
-        columns = layout.text + cache.open[:, None] + text
+        columns = layout.column(cache.open[:, None] + text)
         columns = columns.masked_fill(text >= piece.take[:, None], layout.scratch)
         columns = columns[:1] if piece.in_step else columns
     rows = columns.shape[0]
     parts = [columns]
     if piece.read:
         parts.insert(0, (layout.text - layout.read + torch.arange(layout.read)).expand(rows, -1))
+    if piece.inner:
+        groups = 1 + torch.arange(piece.inner).expand(rows, -1)
+        if not piece.fresh:
+            groups = groups + _groups(layout, cache.open)[:rows, None]
+        inner = layout.group_columns(groups)
+        if not piece.fresh:
+            outside = groups > _groups(layout, cache.open + piece.take)[:rows, None]
+            inner = inner.masked_fill(outside.repeat_interleave(layout.inner, dim=1), layout.scratch)
+        parts.append(inner)
     if piece.write:
-        parts.append((layout.text + layout.segment + torch.arange(layout.write)).expand(rows, -1))
+        parts.append((layout.behind + torch.arange(layout.write)).expand(rows, -1))
     return torch.cat(parts, dim=1).to(device)
 
 

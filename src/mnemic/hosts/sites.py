@@ -6,6 +6,7 @@ stay, and `remove` takes it off again. They hold the module only, never a memory
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,11 +64,28 @@ class BlockSite(Site):
         with running(frame):
             if memory.uses("before_layer"):
                 args, kwargs = _with_input(args, kwargs, lambda x: memory.before_layer(x, step))
-            output = self.own(*args, **kwargs)
+            if memory.uses("around_block"):
+                output = self._around(memory, frame, args, kwargs)
+            else:
+                output = self.own(*args, **kwargs)
             if memory.uses("after_layer"):
                 output = _with_output(output, lambda x: memory.after_layer(x, step))
         _reached(frame, "block", self.layer)
         return output
+
+    def _around(self, memory: Memory, frame: Frame, args: tuple, kwargs: dict[str, Any]) -> Any:
+        outputs: list[Any] = []
+
+        def run(x: Tensor, writing: bool = False) -> Tensor:
+            given = _with_input(args, kwargs, lambda _: x)
+            # A frame of its own: what replays this pass later finds it as it was.
+            with running(replace(frame, writing=True) if writing else frame):
+                outputs[:] = [self.own(*given[0], **given[1])]
+            return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+
+        source = args[0] if args else kwargs["hidden_states"]
+        x = memory.around_block(source, run, frame.at(self.layer))
+        return _with_output(outputs[0], lambda _: x)
 
 
 class AttentionSite(Site):

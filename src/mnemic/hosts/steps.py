@@ -54,7 +54,10 @@ class Attachment:
 
 @dataclass(frozen=True)
 class View:
-    """Where one piece stands: columns of its tokens, of the keys they see (all up to `limit`), tokens before it."""
+    """Where one piece stands: columns of its tokens, of the keys they see (all up to `limit`), tokens before it.
+
+    hidden: (B,) rows that have no read tokens (`Memory.tokens_there`); shifted: their positions begin without them.
+    """
 
     layout: Layout
     piece: Piece
@@ -62,33 +65,41 @@ class View:
     limit: int
     origin: Tensor
     batch: int
+    hidden: Tensor | None = None
+    shifted: bool = False
 
     def positions(self) -> Tensor | None:
         """Host positions of the tokens, (B, Q); None for the host's own default."""
         layout = self.layout
-        if self.piece.fresh and not layout.read and not layout.continuous and not layout.offset:
+        inner = self.piece.inner
+        if self.piece.fresh and not layout.read and not inner and not layout.continuous and not layout.offset:
             # The only way to the host's mask-free kernels.
             return None
         if layout.continuous:
             positions = self.columns.masked_fill(self.columns == layout.scratch, layout.text) - layout.text
             positions = positions + (0 if self.piece.fresh else self.origin[:, None])
         else:
-            positions = self.columns.masked_fill(self.columns == layout.scratch, 0) + layout.offset
+            positions = layout.position(self.columns.masked_fill(self.columns == layout.scratch, 0)) + layout.offset
+            if self.shifted and self.hidden is not None:
+                positions = (positions - layout.read * self.hidden[:, None]).clamp_min(0)
         return positions.expand(self.batch, -1)
 
     def mask(self, spans: Spans, backend: str, dtype: torch.dtype) -> Any:
         """None for plain causal attention, else a 4-D mask, or one for each of the host's layer types."""
         layout, piece = self.layout, self.piece
+        if layout.maskless:
+            # Four dimensions, so that the host takes it as it is; the memory asks `Step.visible`.
+            return self.columns.new_ones(self.batch, 1, 1, 1, dtype=torch.bool)
         narrow = any(span and span[1] < layout.scratch for span in spans.values())
-        two_way = layout.bidirectional and (piece.read or piece.write)
+        two_way = piece.inner or (layout.bidirectional and (piece.read or piece.write))
+        # Hosts read positions that do not rise as several texts in one row.
+        two_way = two_way or (piece.read and not layout.shifting) or self.hidden is not None
         if piece.fresh and not two_way and not layout.window and not (layout.read and narrow):
             return None
-        alone = piece.fresh or layout.own
-        keys = self.columns if alone else torch.arange(self.limit, device=self.columns.device)[None]
-        origin = torch.zeros_like(self.origin[:1]) if piece.fresh else self.origin
+        keys = self.keys()
 
         def mask(span: tuple[str, int] | None) -> Tensor:
-            seen = layout.visible(self.columns, keys, origin, span)
+            seen = self.visible(self.columns, keys, span)
             # A view: some hosts (XGLM) insist on one mask a row.
             return as_attention_mask(seen, backend, dtype).expand(self.batch, -1, -1, -1)
 
@@ -97,6 +108,22 @@ class View:
         masks = {kind: mask(span) for kind, span in spans.items()}
         return masks.get("", masks)
 
+    def keys(self) -> Tensor:
+        """Columns of the keys, (B or 1, K)."""
+        if self.piece.fresh or self.layout.own:
+            return self.columns
+        return torch.arange(self.limit, device=self.columns.device)[None]
+
+    def visible(self, queries: Tensor, keys: Tensor, span: tuple[str, int] | None) -> Tensor:
+        """See `Layout.visible`."""
+        origin = torch.zeros_like(self.origin[:1]) if self.piece.fresh else self.origin
+        seen = self.layout.visible(queries, keys, origin, span)
+        if self.hidden is None:
+            return seen
+        first = self.layout.text
+        read = (keys >= first - self.layout.read) & (keys < first)
+        return seen & ~(self.hidden[:, None, None] & read[:, None, :] & (queries >= first)[:, :, None])
+
     def frame(self, memory: Memory, **given: Any) -> Frame:
         """The step's frame, with the tokens' places where the memory takes part inside the blocks."""
         layout, piece = self.layout, self.piece
@@ -104,21 +131,26 @@ class View:
             memory,
             num_read=layout.read * piece.read,
             num_write=layout.write * piece.write,
+            num_inner=layout.inner * piece.inner,
             window=layout.window,
-            first=0 if layout.continuous else layout.offset + layout.text,
+            first=0 if layout.continuous else layout.offset + (layout.text if layout.shifting else 0),
+            segment=layout.segment,
             **given,
         )
-        if memory.sites - {"tokens"}:
+        if memory.sites - {"tokens"} or memory.uses("fetch"):
             frame.places = layout.places(self.columns, self.origin)
             if not piece.fresh and not layout.own:
                 frame.key_places = layout.places(
                     torch.arange(self.limit, device=self.columns.device)[None], self.origin
                 )
             text = torch.arange(piece.width) < piece.take[:, None]
-            if frame.num_read or frame.num_write:
-                text = torch.nn.functional.pad(text, (frame.num_read, frame.num_write), value=False)
+            behind = frame.num_inner + frame.num_write
+            if frame.num_read or behind:
+                text = torch.nn.functional.pad(text, (frame.num_read, behind), value=False)
             if not bool(text.all()):
                 frame.real = text.to(self.columns.device)
+            if memory.uses("around_block"):
+                frame.view = self
         return frame
 
 
@@ -141,18 +173,22 @@ class MemorySteps(MemoryGeneration):
         memory, attached = self.memory, self.mnemic
         view = self._view(cache, layout, piece, tokens)
         kv = None if piece.fresh else self._keys_values(cache, view)
-        frame = self._frame(cache, view, tokens, kv)
+        embedded = tokens
+        if (memory.write_pass or memory.keeps_embeddings) and tokens.dim() == 2:
+            embedded = self.get_input_embeddings()(tokens)
+        frame = self._frame(cache, view, embedded if memory.keeps_embeddings else tokens, kv)
         frame.diagnosing = diagnosing
         keep, skip = _logit_columns(layout, piece, first, tokens.device)
-        given = self._with_memory_tokens(cache.state, piece, tokens)
-        if memory.write_pass:
-            given = given if given.dim() == 3 else self.get_input_embeddings()(given)
+        given = self._with_memory_tokens(frame, piece, embedded)
+        if memory.write_pass or memory.keeps_embeddings:
             frame.trace[-1] = {"embeddings": given}
         step = attached.step or self._segment_step
         mask = view.mask(attached.spans, attached.backend, self.dtype)
         logits, frame = step(given, frame, view.positions(), mask, kv, keep)
         if is_sharded(self):
             tie(logits, frame)
+        if memory.keeps_hidden and frame.hidden is not None:
+            frame.trace.setdefault(-1, {})["hidden"] = frame.hidden
         ahead = frame.num_read
         trace = {
             i: {n: t[:, ahead : ahead + piece.width] for n, t in layer.items()} for i, layer in frame.trace.items()
@@ -196,22 +232,32 @@ class MemorySteps(MemoryGeneration):
         """Compile the segment step with `torch.compile(**options)`; `fullgraph=True` works where the host allows it."""
         self.mnemic.step = torch.compile(self._segment_step, **options)
 
-    def _with_memory_tokens(self, state: State, piece: Piece, tokens: Tensor) -> Tensor:
-        if not self.mnemic.layout.read and not self.mnemic.layout.write:
+    def _with_memory_tokens(self, frame: Frame, piece: Piece, tokens: Tensor) -> Tensor:
+        if not piece.read and not piece.write and not piece.inner:
             return tokens
         embeds = tokens if tokens.dim() == 3 else self.get_input_embeddings()(tokens)
+        state = State({**frame.state, **frame.reads} if self.memory.keeps_embeddings else frame.state)
         read, write = self.memory.tokens(state)
-        parts = [read.to(embeds.dtype)] if piece.read else []
+        # A memory without a state does not know the number of rows.
+        read, write = (part.to(embeds.dtype).expand(embeds.shape[0], -1, -1) for part in (read, write))
+        parts = [read] if piece.read else []
         parts.append(embeds)
+        if piece.inner:
+            inner = self.memory.inner_tokens(state).to(embeds.dtype).expand(embeds.shape[0], -1, -1)
+            parts.append(inner.repeat(1, piece.inner, 1))
         if piece.write:
-            parts.append(write.to(embeds.dtype))
+            parts.append(write)
         return torch.cat(parts, dim=1)
 
     def _view(self, cache: MemoryCache, layout: Layout, piece: Piece, tokens: Tensor) -> View:
-        limit = layout.scratch if piece.write else layout.text + int((cache.open + piece.take).max())
+        limit = layout.scratch if piece.write else layout.used(int((cache.open + piece.take).max()))
         columns = columns_of(cache, layout, piece, tokens.device)
         origin = (cache.seen - cache.open).to(tokens.device)
-        return View(layout, piece, columns, limit, origin, tokens.shape[0])
+        hidden, shifted = None, self.mnemic.position_table and layout.shifting
+        if layout.read and self.memory.uses("tokens_there"):
+            assert cache.state is not None
+            hidden = ~self.memory.tokens_there(cache.state)
+        return View(layout, piece, columns, limit, origin, tokens.shape[0], hidden, shifted)
 
     def _frame(self, cache: MemoryCache, view: View, tokens: Tensor, kv: SegmentKV | None) -> Frame:
         assert cache.state is not None
@@ -237,16 +283,18 @@ class MemorySteps(MemoryGeneration):
         lengths = torch.full((rows,), ids.shape[1])
         piece = next_piece(cache, self.mnemic.layout, torch.zeros_like(lengths), lengths, False)
         ids = ids[:, : piece.width]
+        if self.memory.keeps_embeddings:
+            ids = self.get_input_embeddings()(ids)
         view = self._view(cache, self.mnemic.layout, piece, ids)
         frame = self._frame(cache, view, ids, None)
         frame.reached = set()
-        given = self._with_memory_tokens(self.memory.initial_state(rows), piece, ids)
+        given = self._with_memory_tokens(frame, piece, ids)
         mask = view.mask(self.mnemic.spans, self.mnemic.backend, self.dtype)
         self._segment_step(given, frame, view.positions(), mask, None, 1)
         return frame.reached, frame.hidden
 
     def _keys_values(self, cache: MemoryCache, view: View, base: int = 0) -> SegmentKV:
-        start = int(view.columns[0, 0]) if view.piece.in_step else None
+        start = int(view.columns[0, 0]) if view.piece.in_step and not view.piece.inner else None
         return SegmentKV(cache, self.mnemic.layout, view.columns.expand(view.batch, -1), start, view.limit, base)
 
     def _prepared(self, state: State) -> State:
@@ -266,8 +314,9 @@ class MemorySteps(MemoryGeneration):
                 check_vocabulary(tokens, companion.get_input_embeddings().weight.shape[0])
             if logits is None and view.piece.fresh:
                 return None
-            layout = replace(view.layout, read=0, write=0, offset=0, bidirectional=False, own=False)
-            own = self._view(cache, layout, replace(view.piece, read=False, write=False), tokens)
+            layout = replace(view.layout, read=0, write=0, inner=0, offset=0, bidirectional=False, own=False)
+            layout = replace(layout, shifting=True, maskless=False)
+            own = self._view(cache, layout, replace(view.piece, read=False, write=False, inner=0), tokens)
             kv = None if own.piece.fresh else self._keys_values(cache, own, base=self.memory.host.num_layers)
             backend = str(companion.config._attn_implementation)
             with running(None):
@@ -308,7 +357,7 @@ def _logit_columns(layout: Layout, piece: Piece, first: int | None, device) -> t
     """`logits_to_keep` for the host, and how many of what it returns to skip."""
     if first is None:
         return 1, 0
-    if not piece.read and not piece.write:
+    if not piece.read and not piece.write and not piece.inner:
         return piece.width - first, 0
     ahead = layout.read if piece.read else 0
     return torch.arange(ahead + first, ahead + piece.width, device=device), 0

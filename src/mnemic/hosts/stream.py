@@ -251,7 +251,7 @@ class Stream:
         if cache.last_logits is None:
             raise InputError("This stream has read nothing; there is nothing to save.")
         tensors: dict[str, Tensor] = {f"state/{n}": t for n, t in self.state.items()}
-        used = layout.text + int(cache.open.max())
+        used = layout.used(int(cache.open.max()))
         if layout.window or int(cache.open.max()):
             for i, kv in cache.keys_values.items():
                 tensors[f"keys/{i}"], tensors[f"values/{i}"] = kv.keys[:, :used], kv.values[:, :used]
