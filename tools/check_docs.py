@@ -25,7 +25,7 @@ GENERATED = {
     **{
         name: f"python tools/tables.py {name}"
         for name in (
-            *("demo", "bench", "babilong", "aligned", "built", "unbuilt"),
+            *("leaderboard", "demo", "bench", "babilong", "aligned", "built", "unbuilt"),
             *("retrieval", "replay", "unbiased", "babi", "babi_transfer", "tasks", "babilong_build"),
         )
     },

@@ -1,6 +1,4 @@
-"""Tables for README and docs: demo, bench, babilong, aligned, retrieval, replay, unbiased, babi, babi_transfer and
-babilong_build from the raw numbers under results/; built and unbuilt from the systems themselves; tasks from the
-catalog of evaluations."""
+"""Tables for README and docs, by name: systems (built, unbuilt), evaluations (tasks), and numbers under results/."""
 
 import json
 import sys
@@ -159,6 +157,23 @@ def tasks() -> str:
         )
         lines.append([f"`{suite}NAME`: {shown}" if suite else shown, *rest])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def leaderboard() -> str:
+    """Score of each model on each task and length, in percent, and what it carries and reads a second."""
+    from mnemic.benchmarks.report.board import board
+    from mnemic.benchmarks.report.tables import amount, percent, size
+
+    made = board(read("leaderboard/report.json"), read("leaderboard/costs.json"))
+    rows = []
+    for name in made.scored:
+        scores = [(percent(made.entries[name, c].official.mean), (name, c) in made.best) for c in made.columns]
+        speed = made.costs[name].tokens_per_second
+        cells = [f"**{score}**" if best else score for score, best in scores]
+        rows.append([f"`{name}`", *cells, size(made.state_bytes(name)), amount(speed)])
+    chance = [" / ".join(map(percent, made.chances[c])) for c in made.columns]
+    heads = [f"{c.task.removeprefix('segment_')} {c.length}" for c in made.columns]
+    return table(["memory", *heads, "state", "tokens/s"], [*rows, ["chance", *chance, "", ""]])
 
 
 def built() -> str:

@@ -4,13 +4,14 @@ import importlib.util
 import itertools
 
 import pytest
+from filelock import FileLock
 
 from mnemic.benchmarks import jobs
 from mnemic.benchmarks.comparison import Comparison
 from mnemic.benchmarks.jobs import run_jobs
 from mnemic.benchmarks.leaderboard import leaderboard
 from mnemic.benchmarks.trained import open_run
-from mnemic.core.errors import ConfigError, MissingExtraError
+from mnemic.core.errors import ConfigError, InputError, MissingExtraError
 
 TINY = {
     "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -153,6 +154,12 @@ def test_tasks_of_two_boards_are_told_apart(tmp_path):
     comparison = Comparison.from_dict({**values, "memories": ["none"], "seeds": [0], "memory": {}})
     found, _ = leaderboard(comparison, tmp_path, run_jobs(comparison.jobs, tmp_path))
     assert {s["task"] for s in found["scores"]} == {"mqar: segment_mqar", "again: segment_mqar"}
+
+
+def test_two_do_not_work_in_one_folder(tmp_path):
+    comparison = Comparison.from_dict({**VALUES, "seeds": [0]})
+    with FileLock(tmp_path / ".lock"), pytest.raises(InputError, match="Another process"):
+        next(run_jobs(comparison.jobs, tmp_path))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 import mnemic
@@ -179,3 +180,25 @@ def test_killed_ten_times_the_report_is_the_same(recall_run, tmp_path):
     subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment, capture_output=True)
     for name in ("report.json", "report.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_processes_of_a_killed_comparison_end_with_it(tmp_path):
+    (tmp_path / "two.toml").write_text(CONFIG.replace("steps = 1", "steps = 100000"))
+    command = [
+        sys.executable, "-c", "from mnemic.cli import main; main()", "compare", str(tmp_path / "two.toml"),
+        "--processes", "2", "--output", str(tmp_path / "board"),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    runs, deadline = tmp_path / "board" / "runs", time.monotonic() + 200
+    while len(list(runs.rglob("experiment.toml"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert len(gone) >= 2
+    assert not alive

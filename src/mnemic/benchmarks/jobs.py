@@ -7,17 +7,21 @@ errors are not caught.
 
 import json
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from ..core.errors import MissingExtraError, MnemicError, TrainingError
+from ..core.errors import InputError, MissingExtraError, MnemicError, TrainingError
 from ..core.files import replace_atomically
 from ..training.checkpoints import checkpoints
 from .comparison import Job
@@ -49,17 +53,30 @@ def run_jobs(
 
     Raises:
         MissingExtraError: Ray is not installed. TrainingError: a run was stopped by a signal.
+        InputError: another process is at work in the folder.
     """
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"Another process is at work in {folder}; wait for it, or use another folder.") from None
+    with lock:
+        yield from _outcomes(jobs, Path(folder), processes, threads, ray)
+
+
+def _outcomes(
+    jobs: Sequence[Job], folder: Path, processes: int, threads: int, ray: str | None
+) -> Iterator[Outcome]:  # fmt: skip
     if ray is not None:
-        yield from _with_ray(jobs, Path(folder), threads, ray)
+        yield from _with_ray(jobs, folder, threads, ray)
     elif processes == 1:
         with _threads(threads):
-            yield from (do(job, Path(folder)) for job in jobs)
+            yield from (do(job, folder) for job in jobs)
     else:
         # Spawned: a forked process with torch's threads in it may hang.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _begin, (threads,)) as pool:
-            started = [pool.submit(do, job, Path(folder)) for job in jobs]
+        with ProcessPoolExecutor(processes, context, _begin_child, (threads,)) as pool:
+            started = [pool.submit(do, job, folder) for job in jobs]
             try:
                 yield from (done.result() for done in as_completed(started))
             except BaseException:
@@ -117,6 +134,19 @@ def _with_ray(jobs: Sequence[Job], folder: Path, threads: int, address: str) -> 
             yield from ray.get(done)
     finally:
         ray.shutdown()
+
+
+def _begin_child(threads: int) -> None:
+    """Dies with its parent: an orphan would go on and write beside those who go on in its place."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+    _begin(threads)
 
 
 def _begin(threads: int) -> None:

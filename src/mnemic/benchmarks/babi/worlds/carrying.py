@@ -13,8 +13,8 @@ Choices where the rules leave room, fitted to the released files:
 - A question considers only the object handled last (qa2 half of the time, qa3 mostly) or all answerable ones. Measured
   means of facts before a question: qa2 14 (release 15), qa3 about 50 (51); about the object handled last: .75 (.76)
   and .7 (.72); about a dropped one: .64 (.68) and .6 (.79, not reached).
-- All told actors and answerable objects are eligible, however long ago; the release asks about the last five facts.
-  Results that were published with these stories keep their samples.
+- As in the release, the nearest fact that a question needs is one of the last five; how far back it is has the weights
+  of `WINDOW` in qa1.
 """
 
 import random
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..sample import FACTS_PER_QUESTION, QUESTIONS_PER_STORY, Asked, World, pick
+from ..sample import FACTS_PER_QUESTION, QUESTIONS_PER_STORY, WINDOW, Asked, World, pick, pick_recent
 from ..words import ACTORS, DROP_VERBS, GET_VERBS, MOVE_VERBS, OBJECTS, PLACES
 
 _MOVE_SHARE = 0.6
@@ -53,7 +53,7 @@ def _story(task: str, rng: random.Random) -> Iterator[Asked]:
     while questions < QUESTIONS_PER_STORY:
         for _ in range(FACTS_PER_QUESTION):
             facts.append(_act(task, rng, place, told, things, len(facts)))
-        asked = _ask_actor(rng, told) if task == "qa1" else _ask_object(task, rng, things)
+        asked = _ask_actor(rng, told, len(facts)) if task == "qa1" else _ask_object(task, rng, things, len(facts))
         if asked is not None:
             questions += 1
             yield (tuple(facts), *asked)
@@ -95,15 +95,20 @@ def _act(
     return f"{actor} {pick(rng, DROP_VERBS)} the {name}{there}."
 
 
-def _ask_actor(rng: random.Random, told: dict[str, tuple[str, int]]) -> tuple[str, str, tuple[int, ...]]:
-    actor = pick(rng, sorted(told))
+def _ask_actor(
+    rng: random.Random, told: dict[str, tuple[str, int]], now: int
+) -> tuple[str, str, tuple[int, ...]] | None:  # fmt: skip
+    actor = pick_recent(rng, {name: told[name][1] for name in sorted(told)}, now)
+    if actor is None:
+        return None
     return f"Where is {actor}? ", told[actor][0], (told[actor][1],)
 
 
 def _ask_object(
-    task: str, rng: random.Random, things: dict[str, _Thing]
+    task: str, rng: random.Random, things: dict[str, _Thing], now: int
 ) -> tuple[str, str, tuple[int, ...]] | None:  # fmt: skip
-    """A question about one object, or None if what was considered cannot be answered from the told facts."""
+    """A question about one object, or None if what was considered cannot be answered from the told facts, or only from
+    those that are too far back."""
     known = {name: where for name in OBJECTS if (where := _known(task, things[name])) is not None}
     answerable = list(known)
     if rng.random() < _LAST_HANDLED_SHARE[task]:
@@ -115,13 +120,19 @@ def _ask_object(
     thing = things[name]
     if task == "qa2":
         where, line = known[name]
-        return f"Where is the {name}? ", where, (thing.handled, line)
+        return _near((f"Where is the {name}? ", where, (thing.handled, line)), now)
     asked = thing.carry[-1][0]
     if rng.random() >= _LAST_PLACE_SHARE:
         asked = pick(rng, thing.carry[1:])[0]
     at = max(i for i, (where, _) in enumerate(thing.carry) if where == asked)
     answer, before = thing.carry[at - 1]
-    return f"Where was the {name} before the {asked}? ", answer, (thing.handled, thing.carry[at][1], before)
+    question = f"Where was the {name} before the {asked}? "
+    return _near((question, answer, (thing.handled, thing.carry[at][1], before)), now)
+
+
+def _near(asked: tuple[str, str, tuple[int, ...]], now: int) -> tuple[str, str, tuple[int, ...]] | None:
+    """The question, unless even the last fact that it needs is out of the window."""
+    return asked if now - max(asked[2]) <= len(WINDOW) else None
 
 
 def _known(task: str, thing: _Thing) -> tuple[str, int] | None:
