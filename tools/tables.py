@@ -231,5 +231,6 @@ if __name__ == "__main__":
         "demo": demo, "bench": bench, "babilong": babilong, "aligned": aligned, "built": built, "unbuilt": unbuilt,
         "retrieval": retrieval, "replay": replay, "unbiased": unbiased, "babi": babi,
         "babi_transfer": babi_transfer, "tasks": tasks, "babilong_build": babilong_build,
+        "leaderboard": leaderboard,
     }  # fmt: skip
     print(tables[sys.argv[1]]())
