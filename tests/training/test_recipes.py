@@ -6,14 +6,20 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from mnemic.benchmarks.building import build
+from mnemic.benchmarks.comparison import Comparison
 from mnemic.benchmarks.experiment import Experiment
 from mnemic.benchmarks.runs import run
+from mnemic.hosts import parameter_report
 from mnemic.training import word_tokenizer
 from tests.tiny import host_config
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.toml"))
-EXPERIMENTS = [p for p in RECIPES if "part" not in tomllib.loads(p.read_text(encoding="utf-8"))]
+COMPARISONS = [p for p in RECIPES if p.parent.name == "compare"]
+EXPERIMENTS = [
+    p for p in RECIPES if p not in COMPARISONS and "part" not in tomllib.loads(p.read_text(encoding="utf-8"))
+]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
@@ -24,6 +30,18 @@ def test_recipes_are_experiments_with_cost_and_goal(path):
         text = path.read_text(encoding="utf-8")
         assert "# Cost (estimate" in text
         assert "# Should reach" in text
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda p: p.stem)
+def test_the_models_of_a_comparison_are_equally_large(path):
+    comparison = Comparison.read(path)
+    first = comparison.jobs[0].board
+    for job in comparison.jobs:
+        # The models of the other boards differ in vocabulary alone, whose tokenizer takes long to make.
+        if job.board == first:
+            model, _ = build(job.experiment)
+            size = sum(part["total"] for part in parameter_report(model).values())
+            assert abs(size - job.experiment.parameters) < 500
 
 
 @pytest.mark.parametrize("name", ["lm2-attached", "rmt-babilong", "armt-babilong"])
