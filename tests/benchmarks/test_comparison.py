@@ -156,6 +156,21 @@ def test_tasks_of_two_boards_are_told_apart(tmp_path):
     assert {s["task"] for s in found["scores"]} == {"mqar: segment_mqar", "again: segment_mqar"}
 
 
+def test_only_what_a_memory_refuses_is_a_note(tmp_path, monkeypatch):
+    comparison = Comparison.from_dict({**VALUES, "memories": ["none"], "seeds": [0], "memory": {}})
+    _done(comparison, tmp_path)
+    other = Comparison.from_dict({**_with("train.steps", 3), "memories": ["none"], "seeds": [0], "memory": {}})
+    with pytest.raises(InputError, match="of another comparison"):
+        _done(other, tmp_path)
+
+    def full(*arguments, **options):
+        raise InputError("no space left")
+
+    monkeypatch.setattr(jobs, "evaluate", full)
+    with pytest.raises(InputError, match="no space left"):
+        _done(comparison, tmp_path)
+
+
 def test_two_do_not_work_in_one_folder(tmp_path):
     comparison = Comparison.from_dict({**VALUES, "seeds": [0]})
     with FileLock(tmp_path / ".lock"), pytest.raises(InputError, match="Another process"):

@@ -92,6 +92,12 @@ def test_other_settings_and_other_weights_are_refused(model, tmp_path):
     other = Evaluation(tasks=EVALUATION.tasks, lengths=EVALUATION.lengths, samples=11, batch_size=3)
     with pytest.raises(InputError, match="samples was 10 and is 11"):
         evaluate(model, _cells(), other, tmp_path / "log")
+    adapter = torch.nn.Parameter(torch.zeros(1))
+    # As a LoRA weight is named; fingerprints of files leave those out.
+    model.memory.register_parameter("lora_A", adapter)
+    with pytest.raises(InputError, match="model was"):
+        evaluate(model, _cells(), EVALUATION, tmp_path / "log")
+    del model.memory.lora_A
     weight = next(model.memory.parameters())
     with torch.no_grad():
         weight += 1

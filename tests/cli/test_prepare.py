@@ -109,6 +109,8 @@ def test_from_texts_to_a_measured_model(prepared, tmp_path):
     succeed("eval", run, "--batch-size", 1)
     for a, b in zip(one, json.loads((run / "results-text.json").read_text())["scores"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    for given in (("--lengths", "4k"), ("--prompt", "truncated:9")):
+        assert "held-out text" in invoke("eval", run, *given).stderr
     answer = succeed("stream", run, "--ask", "the cat", "--max-new-tokens", 3, text="Mary read her book")
     assert "tokens read" in answer.stderr
 

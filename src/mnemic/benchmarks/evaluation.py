@@ -24,7 +24,6 @@ from .. import __version__
 from ..core.errors import ConfigError, InputError, UnknownNameError
 from ..core.memory import check_option, option
 from ..hosts import base_model
-from ..hosts.fingerprint import fingerprint
 from .babilong import data_folder
 from .catalog import entry, open_cell
 from .cell import Cell
@@ -89,12 +88,10 @@ class Evaluation:
         """Everything that the records depend on, for a log; no path is in it."""
         base = base_model(model)
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "data"}
-        weights = [fingerprint(base, part) for part in ("host", "memory")]
-        described = json.dumps([base.memory.config.to_dict(), base.mnemic.layout.segment, weights], sort_keys=True)
         return {
             **settings,
             "released_data": data_folder(self.data) is not None,
-            "model": hashlib.sha256(described.encode()).hexdigest(),
+            "model": _digest(base),
             "device": base.device.type,
             "versions": {
                 "mnemic": __version__,
@@ -103,6 +100,15 @@ class Evaluation:
                 "python": platform.python_version(),
             },
         }
+
+
+def _digest(base: Any) -> str:
+    """Of the memory's settings and of every weight, adapters too, which `hosts.fingerprint` leaves out."""
+    digest = hashlib.sha256(json.dumps([base.memory.config.to_dict(), base.mnemic.layout.segment]).encode())
+    for name, weight in sorted(base.state_dict().items()):
+        digest.update(f"{name}|{weight.dtype}|{tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def evaluate(

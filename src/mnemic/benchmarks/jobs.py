@@ -1,8 +1,8 @@
 """Jobs of a comparison: trained and measured in folders of their own, one after the other, in processes, or with Ray.
 
 A job depends on nothing but its settings, and its folder tells how far it is, so any process of any machine that sees
-the folder can do it or go on with it. A job that its memory or host refuses is reported and stops nothing; other
-errors are not caught.
+the folder can do it or go on with it. A job that its memory or host refuses, or whose loss is no number, is reported
+and stops nothing; other errors (a full disk, a damaged log, data that are missing) are not caught.
 """
 
 import json
@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from ..core.errors import InputError, MissingExtraError, MnemicError, TrainingError
+from ..core.errors import ConfigError, HostError, InputError, MissingExtraError, TrainingError, UnsupportedError
 from ..core.files import replace_atomically
 from ..training.checkpoints import checkpoints
 from .comparison import Job
@@ -53,7 +53,7 @@ def run_jobs(
 
     Raises:
         MissingExtraError: Ray is not installed. TrainingError: a run was stopped by a signal.
-        InputError: another process is at work in the folder.
+        InputError: another process is at work in the folder, or it is of another comparison.
     """
     lock = FileLock(Path(folder) / ".lock")
     try:
@@ -88,12 +88,12 @@ def do(job: Job, folder: Path) -> Outcome:
     """Train, or go on with it; answer what has not been answered; leave DESCRIPTION, which ends the job."""
     place = folder / job.folder
     try:
-        log = (
-            {} if _trained(job, place) else run(job.experiment, place, progress=False, resume=bool(checkpoints(place)))
-        )
+        log = {}
+        if not _trained(job, place):
+            log = run(job.experiment, place, progress=False, resume=bool(checkpoints(place)))
         if "stopped" not in log:
             _measure(job, place)
-    except MnemicError as error:
+    except (ConfigError, HostError, UnsupportedError, TrainingError) as error:
         return Outcome(job, str(error))
     if "stopped" in log:
         raise TrainingError(f"{place}: stopped by {log['stopped']['signal']}; the same command goes on.")
@@ -110,8 +110,9 @@ def _measure(job: Job, place: Path) -> None:
 
 def _trained(job: Job, place: Path) -> bool:
     settings = place / SETTINGS
-    same = settings.is_file() and settings.read_text(encoding="utf-8") == job.experiment.to_toml()
-    return same and (place / LOG).is_file()
+    if settings.is_file() and settings.read_text(encoding="utf-8") != job.experiment.to_toml():
+        raise InputError(f"{place} holds a run with other settings: of another comparison. Use another folder.")
+    return settings.is_file() and (place / LOG).is_file()
 
 
 def _with_ray(jobs: Sequence[Job], folder: Path, threads: int, address: str) -> Iterator[Outcome]:

@@ -60,7 +60,7 @@ def evaluate(
     Writes:  MODEL.jsonl (every answer), report.json, report.csv, report.html, costs.json; text: results-text.json.
     """
     from ..benchmarks.trained import check_folder
-    from ..core.errors import InputError
+    from ..core.errors import ConfigError, InputError
     from ._shared import quiet
 
     quiet()
@@ -76,6 +76,8 @@ def evaluate(
 
         torch.set_num_threads(threads)
     if _is_text(folders[0], tasks):
+        if lengths is not None or prompt != "whole":
+            raise ConfigError("--lengths and --prompt are not for held-out text, whose documents are read whole.")
         from .held_out import evaluate_held_out
 
         evaluate_held_out(folders, data, samples, batch_size, seeds, output)
