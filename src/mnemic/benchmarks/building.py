@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from ..core.errors import ConfigError, DataError, MissingExtraError, UnknownNameError
+from ..core.errors import ConfigError, DataError, MissingExtraError
 from ..core.registry import memory_class, memory_config
 from ..hosts import add_lora, attach, freeze_host
 from ..hosts.anatomy import host_spec
@@ -86,7 +86,7 @@ def task_of(experiment: "Experiment") -> Any:
     """The recall task or token-level task that `experiment` trains on."""
     if experiment.task == "recall":
         known = {f.name for f in dataclasses.fields(RecallTask)} - {"segment_length"}
-        _check_options("recall", experiment.task_options, known)
+        ConfigError.check_names("size of recall", experiment.task_options, known)
         return RecallTask(**experiment.task_options, segment_length=experiment.counted)
     return token_task(experiment.task, experiment.task_options, experiment.counted)
 
@@ -95,15 +95,9 @@ def formal_task_of(experiment: "Experiment") -> tuple[FormalTask, int, int]:
     """The formal language that `experiment` trains on, its longest samples, and the blanks for each symbol."""
     if len(experiment.tasks) != 1:
         raise ConfigError(f"tasks = {list(experiment.tasks)}: chomsky trains on one language; name one.")
-    _check_options("chomsky", experiment.task_options, {"longest", "steps"})
+    ConfigError.check_names("size of chomsky", experiment.task_options, ("longest", "steps"))
     longest, steps = (experiment.task_options.get(key, value) for key, value in (("longest", 40), ("steps", 0)))
     return formal_task(experiment.tasks[0]), longest, steps
-
-
-def _check_options(task: str, given: dict[str, Any], known: set[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise ConfigError(str(UnknownNameError.of(f"size of {task}", key, known)))
 
 
 def _fresh_config(experiment: "Experiment", tokenizer: Any) -> Any:

@@ -35,11 +35,9 @@ class Request:
         Raises:
             ConfigError: one that is not among `known`.
         """
-        for key in self.options:
-            if key not in known:
-                if not known:
-                    raise ConfigError(f"{self.name} has no option {key!r}; it has none at all.")
-                raise ConfigError(str(UnknownNameError.of(f"option of {self.name}", key, known)))
+        if self.options and not known:
+            raise ConfigError(f"{self.name} has no option {min(self.options)!r}; it has none at all.")
+        ConfigError.check_names(f"option of {self.name}", self.options, known)
         return dict(self.options)
 
     def place(self, reads: str, source: str) -> Path:

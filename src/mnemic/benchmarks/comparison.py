@@ -75,9 +75,7 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Comparison":
-        for key in values:
-            if key not in _KEYS:
-                raise ConfigError(str(UnknownNameError.of("setting of a comparison", key, _KEYS)))
+        ConfigError.check_names("setting of a comparison", values, _KEYS)
         memories: Any = values.get("memories")
         seeds, boards = values.get("seeds", [0]), _tables(values, "board")
         if not _listed(memories, str):
@@ -86,9 +84,7 @@ class Comparison:
             raise ConfigError(f"seeds = {seeds!r}: expected a list of different whole numbers.")
         if not boards:
             raise ConfigError("A comparison needs at least one table [board.NAME.train].")
-        for name in _tables(values, "memory"):
-            if name not in memories:
-                raise ConfigError(str(UnknownNameError.of("entry of memories", name, memories)))
+        ConfigError.check_names("entry of memories", _tables(values, "memory"), memories)
         return cls(values.get("title", "Comparison"), values.get("scale"), tuple(_jobs(values)), values)
 
 

@@ -21,7 +21,7 @@ import transformers
 from rich.progress import Progress
 
 from .. import __version__
-from ..core.errors import ConfigError, InputError, UnknownNameError
+from ..core.errors import ConfigError, InputError
 from ..core.memory import check_option, option
 from ..hosts import base_model
 from .babilong import data_folder
@@ -58,9 +58,7 @@ class Evaluation:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
         known = {f.name for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(str(UnknownNameError.of("setting of an evaluation", key, known)))
+        ConfigError.check_names("setting of an evaluation", values, known)
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**given)
 

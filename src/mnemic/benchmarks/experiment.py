@@ -118,9 +118,7 @@ class Experiment:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Experiment":
         known = {f.name for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(str(UnknownNameError.of("setting of an experiment", key, known)))
+        ConfigError.check_names("setting of an experiment", values, known)
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**given)
 

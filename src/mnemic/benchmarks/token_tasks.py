@@ -35,9 +35,7 @@ def token_task(name: str, options: Mapping[str, Any], segment: int) -> TokenTask
     kind = TASKS[name]
     fixed = {"segment_mqar": {"segment_length": segment}, "rewrite": {"rewrite": True}}.get(name, {})
     known = {f.name for f in dataclasses.fields(kind)} - {"segment_length", "rewrite"}
-    for key in options:
-        if key not in known:
-            raise ConfigError(str(UnknownNameError.of(f"size of {name}", key, known)))
+    ConfigError.check_names(f"size of {name}", options, known)
     task = kind(**options, **fixed)
     own = getattr(task, "segment_length", segment)
     if own != segment:

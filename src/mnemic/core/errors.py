@@ -16,6 +16,14 @@ class MnemicError(Exception):
 class ConfigError(MnemicError, ValueError):
     """A configuration key or value that cannot be used."""
 
+    @classmethod
+    def check_names(cls, kind: str, given: Iterable[str], known: Iterable[str]) -> None:
+        """Raises the error for the first of `given` that is not known, with the closest known names as suggestions."""
+        known = set(known)
+        for name in given:
+            if name not in known:
+                raise cls(str(UnknownNameError.of(kind, name, known)))
+
 
 class UnknownNameError(MnemicError, KeyError):
     """A name that no registry holds: a memory, preset, task or host."""

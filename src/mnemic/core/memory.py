@@ -93,9 +93,7 @@ class MemoryConfig:
     @classmethod
     def _build(cls, values: Mapping[str, Any]) -> Self:
         known = {f.name for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(str(UnknownNameError.of(f"option of {cls.name}", key, known)))
+        ConfigError.check_names(f"option of {cls.name}", values, known)
         # JSON and TOML have no tuples.
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
