@@ -112,13 +112,14 @@ def _evaluate(folders: list[Path], given: dict[str, Any], output: Path | None) -
         raise InputError(f"Runs of equal names: {', '.join(names)}. Reports tell models by the names of their folders.")
     if output is None and len(folders) > 1:
         raise InputError("Several runs share a report: say where with --output DIR.")
-    evaluated, models, shown = [], [], None
+    evaluated, models, settings = [], [], {}
     for folder, name in zip(folders, names, strict=True):
         trained = open_run(folder)
         evaluation = _evaluation(given, trained)
         cells = evaluation.cells(trained.tokenizer, trained.unit, trained.sizes)
-        shown = {key: value for key, value in evaluation.identity(trained.model).items() if key != "model"}
-        place = output if output is not None else folder / "evaluations" / _slug(evaluation.tasks, shown)
+        identity = evaluation.identity(trained.model)
+        settings[name] = {key: value for key, value in identity.items() if key != "model"}
+        place = output if output is not None else folder / "evaluations" / _slug(evaluation.tasks, settings[name])
         place.mkdir(parents=True, exist_ok=True)
         log = place / f"{name}.jsonl"
         answer(trained.model, cells, evaluation, log, progress=sys.stderr.isatty())
@@ -127,6 +128,9 @@ def _evaluate(folders: list[Path], given: dict[str, Any], output: Path | None) -
         output = place
     assert output is not None
     found, costs = results.summarise(evaluated)
+    # Runs that were trained on different tasks are measured on different ones unless tasks are named.
+    alike = all(one == settings[names[0]] for one in settings.values())
+    shown = settings[names[0]] if alike else settings
     found = {"title": f"Evaluation of {', '.join(names)}", "scale": None, "settings": shown, "models": models, **found}
     written = write_report(found, costs, output)
     print_report(found, costs, console())
