@@ -108,6 +108,19 @@ def unbiased() -> str:
     return table(["encodings kept", "bias", "of it by chance", "spread", "error of one estimate"], rows)
 
 
+def transformer_xl_study() -> str:
+    """State and bits per held-out character of each schedule, mean of the seeds; copied characters of each seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in read("transformer_xl_study.json")["rows"]:
+        found.setdefault(row["schedule"], []).append(row)
+    rows = []
+    for name, mine in found.items():
+        cells = [f"{sum(r['bits'][part] for r in mine) / len(mine):.2f}" for part in ("all", "copied", "fresh")]
+        each = ", ".join(f"{r['bits']['copied']:.2f}" for r in mine)
+        rows.append([name, f"{mine[0]['state_bytes']:,}", *cells, each])
+    return table(["long memory", "state bytes", "all", "copied", "fresh", "copied, each seed"], rows)
+
+
 def babi() -> str:
     """Distance of generated bAbI stories to the released ones, and what chance would leave."""
     rows = [
@@ -231,6 +244,6 @@ if __name__ == "__main__":
         "demo": demo, "bench": bench, "babilong": babilong, "aligned": aligned, "built": built, "unbuilt": unbuilt,
         "retrieval": retrieval, "replay": replay, "unbiased": unbiased, "babi": babi,
         "babi_transfer": babi_transfer, "tasks": tasks, "babilong_build": babilong_build,
-        "leaderboard": leaderboard,
+        "leaderboard": leaderboard, "transformer_xl_study": transformer_xl_study,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

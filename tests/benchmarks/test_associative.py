@@ -144,6 +144,28 @@ def test_pairs_and_questions_share_no_segment():
         assert all(t > 96 for t, _ in found)
 
 
+def test_of_many_pairs_any_few_are_asked():
+    task = SegmentMqar(vocabulary=32, segments=4, segment_length=8, pairs=12, asked=2)
+    orders = Counter()
+    for example in itertools.islice(TokenExamples(task, 3), 300):
+        ids, labels = example["input_ids"], example["labels"]
+        table, found = looked_up(ids, 24), asked(labels)
+        assert (len(ids), len(table), len(found)) == (32, 12, 2)
+        keys = [ids[t - 1] for t, _ in found]
+        assert len({*keys}) == 2
+        assert [table[key] for key in keys] == [value for _, value in found]
+        assert [q.columns[0] for q in task.questions(example)] == [t for t, _ in found]
+        places = [key for key in ids[:24:2] if key]
+        orders.update(places.index(key) for key in keys)
+    # 600 questions over 12 places.
+    assert min(orders.values()) > 25
+    assert len(orders) == 12
+    all_asked = SegmentMqar(segments=4, pairs=6, asked=6)
+    assert list(itertools.islice(TokenExamples(all_asked, 1), 5)) == list(
+        itertools.islice(TokenExamples(SEGMENTS, 1), 5)
+    )
+
+
 def test_segments_are_drawn_once_a_batch():
     law = SegmentLaw(2, (4,), batch=8)
     examples = list(itertools.islice(TokenExamples(SEGMENTS, 0, law), 80))
@@ -263,7 +285,10 @@ def test_positions_go_on_without_what_came_before():
         (lambda: CompositionalMqar(length=20), "at least 21|needs 21"),
         (lambda: CompositionalMqar(grid=1), "grid"),
         (lambda: SegmentMqar(segments=1), "at least 2"),
-        (lambda: SegmentMqar(pairs=17), "pairs"),
+        (lambda: SegmentMqar(pairs=17), "can be asked"),
+        (lambda: SegmentMqar(segments=2, pairs=17, asked=1), "room for 16 pairs"),
+        (lambda: SegmentMqar(pairs=4, asked=5), "5 of 4 pairs"),
+        (lambda: SegmentMqar(pairs=4, asked=0), "0 of 4 pairs"),
         (lambda: PairSegments(pairs=17, key_size=1), "larger key_size"),
         (lambda: PairSegments(symbols=101), "symbols"),
         (lambda: Induction(length=3), "length"),

@@ -6,12 +6,13 @@ import itertools
 import pytest
 from filelock import FileLock
 
-from mnemic.benchmarks import jobs
+from mnemic.benchmarks import jobs, log
 from mnemic.benchmarks.comparison import Comparison
 from mnemic.benchmarks.jobs import run_jobs
 from mnemic.benchmarks.leaderboard import leaderboard
+from mnemic.benchmarks.report import write_report
 from mnemic.benchmarks.trained import open_run
-from mnemic.core.errors import ConfigError, InputError, MissingExtraError
+from mnemic.core.errors import ConfigError, InputError, MissingExtraError, UnknownNameError
 
 TINY = {
     "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -55,7 +56,7 @@ def test_a_job_is_shared_settings_then_the_boards_then_its_own():
     few = made[3].experiment
     assert (few.memory, few.memory_options, few.seed, few.steps) == ("rmt", {"num_tokens": 2}, 1, 5)
     assert few.task_options == {"vocabulary": 16, "pairs": 2}
-    assert made[3].evaluation.samples == 8
+    assert made[3].evaluations[0].samples == 8
     assert str(made[3].folder) == "runs/mqar/few/seed-1"
 
 
@@ -74,10 +75,17 @@ def test_a_job_is_shared_settings_then_the_boards_then_its_own():
         ("memory.few.steps", 9, "must be equal for all"),
         ("train.stesp", 9, "Did you mean 'steps'"),
         ("evaluate.sampels", 9, "Did you mean 'samples'"),
+        ("board.mqar.evaluate", 3, "expected a table"),
+        ("board.mqar.evaluate", [], "expected a table"),
+        ("board.mqar.evaluate", [{"lengths": ["2", "4"]}] * 2, "qa1 at length 2 with seed 1 twice"),
+        ("board.mqar.evaluate", {"options": {"pairs": []}}, "measures nothing"),
+        ("costs.rouns", 2, "Did you mean 'rounds'"),
+        ("costs.rounds", 0, "at least 1"),
+        ("costs.board", "mqra", "Did you mean 'mqar'"),
     ],
 )
 def test_bad_comparisons(path, value, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, UnknownNameError), match=message):
         Comparison.from_dict(_with(path, value))
 
 
@@ -116,8 +124,6 @@ def test_models_are_equally_large_and_see_equal_samples_and_one_may_not_take_par
 
 
 def jobs_log(folder, comparison, number):
-    from mnemic.benchmarks import log
-
     return log.batches(folder / comparison.jobs[number].folder / jobs.ANSWERS)
 
 
@@ -154,6 +160,66 @@ def test_tasks_of_two_boards_are_told_apart(tmp_path):
     comparison = Comparison.from_dict({**values, "memories": ["none"], "seeds": [0], "memory": {}})
     found, _ = leaderboard(comparison, tmp_path, run_jobs(comparison.jobs, tmp_path))
     assert {s["task"] for s in found["scores"]} == {"mqar: segment_mqar", "again: segment_mqar"}
+
+
+def test_one_model_is_measured_on_several_tasks_and_sizes(tmp_path):
+    evaluate = [
+        {"tasks": ["segment_mqar"], "lengths": ["2", "3"]},
+        {"tasks": ["segment_mqar"], "lengths": ["3"], "options": {"pairs": [3, 6], "asked": 1}},
+        {"tasks": ["text"], "lengths": ["16"], "samples": 2},
+    ]
+    board = {"train": VALUES["board"]["mqar"]["train"], "evaluate": evaluate}
+    only = {**VALUES, "memories": ["none"], "seeds": [0], "memory": {}}
+    with pytest.raises(InputError, match="trained on words"):
+        _done(Comparison.from_dict({**only, "board": {"mqar": board}}), tmp_path / "words")
+    board["evaluate"] = evaluate[:2]
+    comparison = Comparison.from_dict({**only, "board": {"mqar": board}})
+    found, _ = leaderboard(comparison, tmp_path / "both", _done(comparison, tmp_path / "both"))
+    names = [(s["task"], s["length"], s["count"]) for s in found["scores"]]
+    assert names == [
+        ("segment_mqar", "2", 8), ("segment_mqar", "3", 8),
+        ("segment_mqar pairs=3 asked=1", "3", 8), ("segment_mqar pairs=6 asked=1", "3", 8),
+    ]  # fmt: skip
+    logs = [list(log.batches(path)) for path in jobs.answers(comparison.jobs[0], tmp_path / "both")]
+    assert [{len(r["targets"]) for line in lines for r in line["records"]} for lines in logs] == [{2}, {1}]
+    assert len(list((tmp_path / "both").rglob("experiment.toml"))) == 1
+
+
+def test_sizes_are_those_trained_on_for_tasks_of_one_kind(tmp_path):
+    train = {"task": "rewrite", "task_options": {"key_size": 1, "symbols": 4}, "segment": 4}
+    board = {"train": train, "evaluate": {"tasks": ["rewrite", "remember"], "lengths": ["3"]}}
+    values = {**VALUES, "memories": ["none"], "seeds": [0], "memory": {}, "board": {"pairs": board}}
+    comparison = Comparison.from_dict(values)
+    found, _ = leaderboard(comparison, tmp_path, _done(comparison, tmp_path))
+    assert [(s["task"], s["mean_tokens"], s["chance"]) for s in found["scores"]] == [
+        ("rewrite", 12, 0.25),
+        ("remember", 12, 0.25),
+    ]
+
+
+def test_a_board_of_text_has_perplexities(tmp_path, no_data):
+    train = {"task": "text", "segment": 8, "vocabulary": 64, "most_segments": [2], "steps": 1, "batch_size": 2}
+    board = {"train": train, "evaluate": {"tasks": ["text"], "lengths": ["24"], "samples": 3}}
+    values = {**VALUES, "memories": ["none", "few"], "seeds": [0], "board": {"text": board}}
+    comparison = Comparison.from_dict(values)
+    found, costs = leaderboard(comparison, tmp_path, _done(comparison, tmp_path))
+    assert found["scores"] == []
+    none, few = found["text"]
+    assert (none["model"], none["task"], none["length"], none["count"], none["predicted"]) == (
+        "none",
+        "text",
+        "24",
+        3,
+        69,
+    )
+    assert none["gain"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert few["gain"]["mean"] != none["gain"]["mean"]
+    assert 1 < few["perplexity"]["low"] <= few["perplexity"]["mean"] <= few["perplexity"]["high"]
+    assert [cost["tokens_per_second"] > 0 for cost in costs] == [True, True]
+    write_report(found, costs, tmp_path)
+    assert (tmp_path / "text.csv").read_text().count("\n") == 3
+    # Measured again, nothing is answered anew.
+    assert leaderboard(comparison, tmp_path, _done(comparison, tmp_path))[0] == found
 
 
 def test_only_what_a_memory_refuses_is_a_note(tmp_path, monkeypatch):

@@ -32,6 +32,8 @@ def test_what_was_probed_is_what_memories_declare(found):
             assert entry["parameters"] is not None
         assert entry["paper"] == kind.paper
     by_name = {entry["name"]: entry for entry in found}
+    assert by_name["membart"]["probed_on"]["architecture"] == "bart"
+    assert by_name["membart"]["sites"] == ["attention"]
     assert by_name["lm2"]["identity_at_attach"] == {"default": False, "attach": True, "paper": False}
     assert by_name["lm2"]["sites"] == ["residual"]
     assert by_name["rmt"]["sites"] == ["tokens"]

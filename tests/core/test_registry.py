@@ -39,7 +39,8 @@ def test_families():
 
 
 @pytest.mark.parametrize(
-    "name, suggestion", [("lm", "Did you mean 'lm2'"), ("rtm", "Did you mean 'rmt'"), ("qqqq", "Known: .*lm2.*rmt")]
+    "name, suggestion",
+    [("lm", "Did you mean 'lm2'"), ("memfromer", "Did you mean 'memformer'"), ("qqqq", "Known: .*lm2.*rmt")],
 )
 def test_unknown_names_are_answered_with_suggestions(name, suggestion):
     for ask in (memory_class, memory_family, memory_config, lambda n: config_from_dict({"memory": n})):

@@ -181,6 +181,32 @@ def test_segments_with_a_long_memory_are_one_long_pass(cache):
     torch.testing.assert_close(torch.cat(logits, 1), grads[0][0], atol=1e-4, rtol=0)
 
 
+def test_relative_positions_are_one_long_pass_too():
+    """Three layers: five segments with memory against one segment of all tokens, logits and gradients."""
+    ids, grads = random_ids(2, 40), []
+    for segment, lengths in ((40, 0), (8, 32)):
+        host = tiny_host(num_hidden_layers=3)
+        torch.manual_seed(5)
+        options = {"positions": "relative", "memory_lengths": lengths, "stop_gradient": False}
+        model = mnemic.attach(host, "transformer-xl", segment=segment, **options)
+        logits = model(ids, use_cache=False).logits
+        logits[:, -8:].square().sum().backward()
+        grads.append((logits.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    torch.testing.assert_close(grads[1][0], grads[0][0], atol=1e-4, rtol=0)
+    assert "memory.position_weight" in grads[0][1]
+    for name, grad in grads[0][1].items():
+        torch.testing.assert_close(grads[1][1][name], grad, atol=1e-4 * float(grad.abs().max()), rtol=1e-3)
+
+
+def test_relative_positions_without_memory_are_independent_segments():
+    options = {"positions": "relative", "memory_lengths": 0}
+    model, ids = mnemic.attach(tiny_host(), "transformer-xl", segment=8, **options), random_ids(2, 20)
+    with torch.no_grad():
+        expected = torch.cat([model(part, use_cache=False).logits for part in ids.split(8, 1)], dim=1)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-5, rtol=0)
+    assert len(model.memory.initial_state(2)) == 0
+
+
 def test_ranges_are_a_sliding_window():
     """Memory for all, range 16 in all layers: Mistral's window of 16 over one long pass."""
     ids = random_ids(2, 48)
@@ -227,8 +253,10 @@ def test_gradients_stop_at_the_memory_and_reach_its_projections(cache):
     assert all(t.requires_grad == (cache == "hidden") for t in reads.values())
 
 
-def test_causal_across_segments():
-    model = mnemic.attach(tiny_host(), "transformer-xl", segment=8, memory_lengths=(6, 12), ranges=(None, 14))
+@pytest.mark.parametrize("positions", ["host", "relative"])
+def test_causal_across_segments(positions):
+    options = {"memory_lengths": (6, 12), "ranges": (None, 14), "positions": positions}
+    model = mnemic.attach(tiny_host(), "transformer-xl", segment=8, **options)
     ids = random_ids(1, 16)
     with torch.no_grad():
         before = model(ids).logits
@@ -238,6 +266,26 @@ def test_causal_across_segments():
             moved = (model(other).logits - before).abs().amax(-1)[0]
             assert moved[:t].max() < 1e-6
             assert moved[t] > 1e-4
+            assert moved[8:].max() > 1e-4
+
+
+def test_layers_without_memory_store_nothing_and_learn_nothing_from_the_past():
+    """Schedule [0, .., 0, M], gradients not stopped: earlier tokens reach the loss through the last layer's memory."""
+    options = {"memory_lengths": (0, 0, 8), "stop_gradient": False}
+    model = mnemic.attach(tiny_host(num_hidden_layers=3), "transformer-xl", segment=8, **options)
+    embeds = model.get_input_embeddings()(random_ids(1, 16)).detach().requires_grad_()
+    inputs: dict[int, Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda _, args, index=index: inputs.setdefault(index, args[0]))
+    output = model(inputs_embeds=embeds)
+    assert set(output.memory_state) == {"2/hidden", "count"}
+    loss = output.logits[:, 8:].square().sum()
+    # The first segment's input of the last layer is stored; what reaches it from below goes through it alone.
+    first, stored = torch.autograd.grad(loss, [embeds, inputs[2]], retain_graph=True)
+    assert first[:, :8].any()
+    assert stored.any()
+    through = torch.autograd.grad(inputs[2], embeds, grad_outputs=stored)[0]
+    torch.testing.assert_close(through[:, :8], first[:, :8], atol=1e-6, rtol=1e-4)
 
 
 def test_schedules():

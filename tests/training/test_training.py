@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import mnemic
 from mnemic.training import Collator, MemoryTrainer, SegmentLaw, TextExamples, answer_example, word_tokenizer
@@ -104,6 +104,24 @@ def test_truncation_reaches_the_model(tmp_path):
     trainer.compute_loss(model, batch).backward()
     # The learned first state is read in segment 0, whose state no later segment's loss may reach.
     assert model.memory.first_tokens.grad is None or not model.memory.first_tokens.grad.any()
+
+
+def test_gradients_are_clipped_by_value_too(tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.extend(float(p.grad.abs().max()) for p in kwargs["model"].parameters() if p.grad is not None)
+
+    model = mnemic.attach(tiny_host(), "rmt", segment=8, num_tokens=2)
+    trainer = _trainer(tmp_path, model, max_grad_value=1e-3)
+    trainer.args.max_grad_norm = float("inf")
+    trainer.add_callback(Look())
+    trainer.train()
+    assert max(seen) == pytest.approx(1e-3)
+    trainer.args.max_grad_norm = 0.0
+    with pytest.raises(mnemic.ConfigError, match="max_grad_value"):
+        MemoryTrainer(model, trainer.args, max_grad_value=1e-3)
 
 
 def test_trainer_refuses_what_would_not_train(tmp_path):

@@ -233,6 +233,10 @@ class SegmentMqar:
     Only what is carried from segment to segment can answer. Pairs stand at random even places, in random order;
     questions at random even places of the last segment; the rest is filler.
 
+    Args:
+        asked: so many of the pairs, any of them, are asked; None for all. With fewer there may be more pairs than one
+            segment has room to ask.
+
     Raises:
         ConfigError: sizes that cannot be.
     """
@@ -241,6 +245,7 @@ class SegmentMqar:
     segments: int = 3
     segment_length: int = 32
     pairs: int = 4
+    asked: int | None = None
 
     def __post_init__(self) -> None:
         if self.segments < 2 or self.segment_length < 2 or self.segment_length % 2:
@@ -248,9 +253,16 @@ class SegmentMqar:
                 f"{self.segments} segments of {self.segment_length} tokens: expected at least 2, of an even length."
             )
         room = self.segment_length // 2
-        if not 1 <= self.pairs <= room:
+        if self.asked is None and not 1 <= self.pairs <= room:
             raise ConfigError(
-                f"A segment of {self.segment_length} tokens has room for 1 to {room} pairs, not {self.pairs}."
+                f"A segment of {self.segment_length} tokens has room for 1 to {room} pairs, not {self.pairs}; of more "
+                "pairs fewer can be asked (asked)."
+            )
+        written = (self.segments - 1) * room
+        if self.asked is not None and not (1 <= self.asked <= min(room, self.pairs) and self.pairs <= written):
+            raise ConfigError(
+                f"{self.asked} of {self.pairs} pairs asked: {self.segments} segments of {self.segment_length} tokens "
+                f"have room for {written} pairs and the questions of 1 to {room}."
             )
         _check_vocabulary(self.vocabulary, self.pairs, self.pairs)
 
@@ -267,9 +279,10 @@ class SegmentMqar:
         ids = [0] * (self.segments * self.segment_length)
         labels = [IGNORED] * len(ids)
         places = distinct(rng, (self.segments - 1) * room, self.pairs)
-        asked = distinct(rng, room, self.pairs)
-        for key, value, place, slot in zip(keys, values, places, asked, strict=True):
+        for key, value, place in zip(keys, values, places, strict=True):
             ids[2 * place : 2 * place + 2] = key, value
+        # Keys are in random order, so the first ones are any ones.
+        for key, value, slot in zip(keys, values, distinct(rng, room, self.asked or self.pairs), strict=False):
             ids[before + 2 * slot], labels[before + 2 * slot + 1] = key, value
         return Example(input_ids=ids, labels=labels)
 

@@ -182,8 +182,8 @@ def examples(experiment: "Experiment", model: Any, tokenizer: Any) -> Any:
 
 
 def _texts(experiment: "Experiment") -> list[str]:
-    if experiment.data is None:
-        return [d.text for d in named("prose", "train", None)]
+    if experiment.data is None or (Path(experiment.data) / "gutenberg-books").is_dir():
+        return [d.text for d in named("auto", "train", data_folder(experiment.data))]
     path = Path(experiment.data)
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files or not all(f.is_file() for f in files):

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, UnknownNameError, UnsupportedError
-from . import catalog_tokens, catalog_words
+from . import catalog_tokens, catalog_words, text_cell
 from .babi import SPLITS
 from .catalog_entry import RELEASED, Entry, Request
 from .cell import Cell
 from .prompts import parse_prompt
 
-_ENTRIES = {entry.name: entry for entry in (*catalog_words.ENTRIES, *catalog_tokens.ENTRIES)}
+_ENTRIES = {entry.name: entry for entry in (*catalog_words.ENTRIES, *text_cell.ENTRIES, *catalog_tokens.ENTRIES)}
 _ELSEWHERE = {
     "longmemeval": "A judge model scores the answers of LongMemEval, so it has no score here. Answer the questions of "
     "mnemic.benchmarks.longmemeval.longmemeval_records, write them with write_hypotheses, and run the released judge "
@@ -75,7 +75,7 @@ def open_cell(
     if segment < 1:
         raise ConfigError(f"segment = {segment}, expected at least 1 token.")
     prompting = parse_prompt(prompt)
-    if chosen.kind == "tokens" and prompting.kind != "whole":
+    if chosen.kind != "words" and prompting.kind != "whole":
         raise ConfigError(f"prompt = {prompt!r} is for tasks in words; {name} is read whole.")
     request = Request(
         name=name, length=length, size=chosen.size(length), seed=seed, tokenizer=tokenizer, segment=segment,

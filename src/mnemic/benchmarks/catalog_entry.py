@@ -59,7 +59,7 @@ class Entry:
     """A task of the catalog.
 
     Attributes:
-        name: of the task. kind: "words" or "tokens".
+        name: of the task. kind: "words", "tokens" or "text", which has perplexities instead of scores.
         unit: what its lengths count; "released" where files fix them.
         lengths: those of a report that names none; of released files all there are.
         source: paper, or where the file is from.

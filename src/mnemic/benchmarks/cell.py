@@ -36,6 +36,8 @@ class Cell(Protocol):
         "depth" (percent of the context before the fact) or "distance" (segments from the fact to the question). What
         was asked and said is in "question", "targets" and "output".
 
+        Held-out text has sums of losses instead of scores, see `TextCell`.
+
         Optional: "parts", for a sample of several questions, one {"distance", "official", "fixed"} for each, by which
         reports then group instead; "row", 1 where all of them are right.
         """

@@ -12,7 +12,10 @@
     [board.recall.train]                  # a board: what is trained, and
     task = "recall"
     [board.recall.evaluate]               # on what it is measured; both on top of the tables above
-    tasks = ["recall"]
+    tasks = ["recall"]                    # several measurements of one model: [[board.recall.evaluate]], once for each
+
+    [costs]                               # what `--costs` measures; see `speeds`
+    history = 2048
 
     [memory.rmt]                          # settings of one entry, on top of all others; `memory` where the name of the
     memory_options = { num_tokens = 4 }   # entry is not that of a memory
@@ -30,8 +33,9 @@ from typing import Any
 from ..core.errors import ConfigError, UnknownNameError
 from .evaluation import Evaluation
 from .experiment import Experiment
+from .speeds import Costs
 
-_KEYS = ("title", "scale", "memories", "seeds", "train", "evaluate", "board", "memory")
+_KEYS = ("title", "scale", "memories", "seeds", "train", "evaluate", "board", "memory", "costs")
 _EQUAL = ("task", "tasks", "steps", "batch_size", "gradient_accumulation", "least_segments", "most_segments", "seed")
 
 
@@ -43,7 +47,7 @@ class Job:
     entry: str
     seed: int
     experiment: Experiment
-    evaluation: Evaluation
+    evaluations: tuple[Evaluation, ...]
 
     @property
     def folder(self) -> Path:
@@ -63,6 +67,7 @@ class Comparison:
     scale: str | None
     jobs: tuple[Job, ...]
     settings: Mapping[str, Any]
+    costs: Costs
 
     @classmethod
     def read(cls, path: str | Path) -> "Comparison":
@@ -85,7 +90,10 @@ class Comparison:
         if not boards:
             raise ConfigError("A comparison needs at least one table [board.NAME.train].")
         ConfigError.check_names("entry of memories", _tables(values, "memory"), memories)
-        return cls(values.get("title", "Comparison"), values.get("scale"), tuple(_jobs(values)), values)
+        costs = Costs.from_dict(_table(values, "costs"))
+        if costs.board is not None and costs.board not in boards:
+            raise UnknownNameError.of("board of costs", costs.board, boards)
+        return cls(values.get("title", "Comparison"), values.get("scale"), tuple(_jobs(values)), values, costs)
 
 
 def _jobs(values: Mapping[str, Any]) -> Iterator[Job]:
@@ -94,7 +102,7 @@ def _jobs(values: Mapping[str, Any]) -> Iterator[Job]:
             if key not in ("train", "evaluate"):
                 raise ConfigError(f"[board.{board}.{key}]: a board has the tables train and evaluate.")
         shared = _merged(_table(values, "train"), _table(parts, "train"))
-        evaluation = Evaluation.from_dict(_merged(_table(values, "evaluate"), _table(parts, "evaluate")))
+        evaluations = _evaluations(board, values, parts)
         for entry in values["memories"]:
             own = _tables(values, "memory").get(entry, {})
             unequal = [key for key in own if key in _EQUAL]
@@ -106,7 +114,23 @@ def _jobs(values: Mapping[str, Any]) -> Iterator[Job]:
                     experiment = Experiment.from_dict(settings)
                 except (ConfigError, UnknownNameError) as error:
                     raise ConfigError(f"{entry} on board {board}: {error}") from error
-                yield Job(board, entry, seed, experiment, evaluation)
+                yield Job(board, entry, seed, experiment, evaluations)
+
+
+def _evaluations(board: str, values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[Evaluation, ...]:
+    """What each model of a board is measured on: one table, or several in a list, no score twice."""
+    given = parts.get("evaluate", {})
+    tables = given if isinstance(given, list) and given else [given]
+    shared = _table(values, "evaluate")
+    found = tuple(Evaluation.from_dict(_merged(shared, _table({"evaluate": t}, "evaluate"))) for t in tables)
+    names = [name for evaluation in found for name in evaluation.names()]
+    twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    if twice is not None:
+        raise ConfigError(
+            f"[[board.{board}.evaluate]] measures {twice[0]} at length {twice[1]} with seed {twice[2]} twice; give "
+            "other lengths, seeds or options."
+        )
+    return found
 
 
 def _merged(*tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -47,6 +47,10 @@ class Evaluation:
     data: str | None = option(None, "folder with data; None for $MNEMIC_DATA")
     split: str = option("test", "which stories and background: test, validation or train")
     prompt: str = option("whole", "what the model reads of a context: whole, or a baseline such as truncated:512")
+    options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "sizes of the tasks other than those trained on; a list: each of these in turn"},
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -54,6 +58,8 @@ class Evaluation:
             check_option("evaluation", f, hints[f.name], getattr(self, f.name))
         if not self.tasks or not self.seeds or self.lengths == ():
             raise ConfigError("An evaluation needs at least one task, one length and one seed.")
+        if [] in self.options.values():
+            raise ConfigError(f"options = {self.options}: an empty list of sizes measures nothing.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
@@ -72,20 +78,37 @@ class Evaluation:
         Raises:
             UnknownNameError, ConfigError, DataError, InputError: as `open_cell`.
         """
-        return [
-            open_cell(
-                task, length, seed, tokenizer=tokenizer, segment=segment, options=options.get(task), data=self.data,
-                split=self.split, prompt=self.prompt,
-            )
-            for task in self.tasks
-            for length in self.lengths or entry(task).lengths
-            for seed in self.seeds
-        ]  # fmt: skip
+        found: list[Any] = []
+        for task, own, length, seed in self._measured():
+            cell: Any = open_cell(
+                task, length, seed, tokenizer=tokenizer, segment=segment, options={**options.get(task, {}), **own},
+                data=self.data, split=self.split, prompt=self.prompt,
+            )  # fmt: skip
+            found.append(dataclasses.replace(cell, task=_label(task, own)) if own else cell)
+        return found
+
+    def names(self) -> list[tuple[str, str, int]]:
+        """(task as reports name it, length, seed) of every cell.
+
+        Raises:
+            UnknownNameError: no such task. UnsupportedError: one that cannot be scored here.
+        """
+        return [(_label(task, own), length, seed) for task, own, length, seed in self._measured()]
+
+    def _measured(self) -> Iterator[tuple[str, dict[str, Any], str, int]]:
+        lists = [value if isinstance(value, list) else [value] for value in self.options.values()]
+        for task in self.tasks:
+            for sizes in product(*lists):
+                for length in self.lengths or entry(task).lengths:
+                    for seed in self.seeds:
+                        yield task, dict(zip(self.options, sizes, strict=True)), length, seed
 
     def identity(self, model: Any) -> dict[str, Any]:
         """Everything that the records depend on, for a log; no path is in it."""
         base = base_model(model)
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "data"}
+        if not self.options:
+            del settings["options"]
         return {
             **settings,
             "released_data": data_folder(self.data) is not None,
@@ -98,6 +121,11 @@ class Evaluation:
                 "python": platform.python_version(),
             },
         }
+
+
+def _label(task: str, options: Mapping[str, Any]) -> str:
+    """How reports name a task with sizes other than those trained on."""
+    return " ".join([task, *(f"{name}={value}" for name, value in options.items())])
 
 
 def _digest(base: Any) -> str:

@@ -51,8 +51,8 @@ class Experiment:
     vary_length: bool = option(True, "babilong: samples end anywhere in their last segment, not always at one place")
     data: str | None = option(
         None,
-        "folder with the released bAbI files and books; for text: .txt file or folder, or what mnemic prepare wrote (a "
-        "folder, or a mixture of them as TOML)",
+        "folder with the released bAbI files and books; for text that, a .txt file or folder, or what mnemic prepare "
+        "wrote (a folder, or a mixture of them as TOML)",
     )
     stateful: bool = option(False, "prepared text: rows of a batch read on where the last batch stopped")
     vocabulary: int = option(4096, "words of the tokenizer made for a fresh host", minimum=16)

@@ -30,7 +30,13 @@ from .experiment import LOG, SETTINGS
 from .runs import run
 from .trained import open_run
 
-ANSWERS, DESCRIPTION = "answers.jsonl", "description.json"
+ANSWERS, DESCRIPTION, LOCK = "answers.jsonl", "description.json", ".lock"
+
+
+def answers(job: Job, folder: str | Path) -> list[Path]:
+    """The logs of a job's evaluations, in order; folder: of the comparison."""
+    others = [f"answers-{number}.jsonl" for number in range(2, len(job.evaluations) + 1)]
+    return [Path(folder) / job.folder / name for name in (ANSWERS, *others)]
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def run_jobs(
         MissingExtraError: Ray is not installed. TrainingError: a run was stopped by a signal.
         InputError: another process is at work in the folder, or it is of another comparison.
     """
-    lock = FileLock(Path(folder) / ".lock")
+    lock = FileLock(Path(folder) / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -70,7 +76,7 @@ def _outcomes(
     if ray is not None:
         yield from _with_ray(jobs, folder, threads, ray)
     elif processes == 1:
-        with _threads(threads):
+        with with_threads(threads):
             yield from (do(job, folder) for job in jobs)
     else:
         # Spawned: a forked process with torch's threads in it may hang.
@@ -92,7 +98,7 @@ def do(job: Job, folder: Path) -> Outcome:
         if not _trained(job, place):
             log = run(job.experiment, place, progress=False, resume=bool(checkpoints(place)))
         if "stopped" not in log:
-            _measure(job, place)
+            _measure(job, folder)
     except (ConfigError, HostError, UnsupportedError, TrainingError) as error:
         return Outcome(job, str(error))
     if "stopped" in log:
@@ -100,10 +106,12 @@ def do(job: Job, folder: Path) -> Outcome:
     return Outcome(job)
 
 
-def _measure(job: Job, place: Path) -> None:
+def _measure(job: Job, folder: Path) -> None:
+    place = folder / job.folder
     trained = open_run(place)
-    cells = job.evaluation.cells(trained.tokenizer, trained.unit, trained.sizes)
-    evaluate(trained.model, cells, job.evaluation, place / ANSWERS)
+    for evaluation, log in zip(job.evaluations, answers(job, folder), strict=True):
+        cells = evaluation.cells(trained.tokenizer, trained.unit, trained.sizes)
+        evaluate(trained.model, cells, evaluation, log)
     text = json.dumps(trained.description(job.entry), indent=1)
     replace_atomically(place / DESCRIPTION, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -157,7 +165,8 @@ def _begin(threads: int) -> None:
 
 
 @contextmanager
-def _threads(threads: int) -> Iterator[None]:
+def with_threads(threads: int) -> Iterator[None]:
+    """torch with so many CPU threads, and transformers silent."""
     before = torch.get_num_threads()
     _begin(threads)
     try:

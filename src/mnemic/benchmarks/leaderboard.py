@@ -8,24 +8,28 @@ from typing import Any
 
 from . import results
 from .comparison import Comparison
-from .jobs import ANSWERS, DESCRIPTION, Outcome
+from .jobs import DESCRIPTION, Outcome, answers
+from .speeds import with_speeds
 
 
 def leaderboard(
     comparison: Comparison, folder: str | Path, outcomes: Iterable[Outcome]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Results and costs as `results.summarise` gives them, with title, scale, settings and models.
+    """Results and costs as `results.summarise` gives them, with title, scale, settings, models and speeds if measured.
 
     Jobs without an outcome are missing; so a leaderboard can be made of a comparison that is under way.
     """
     folder, refused = Path(folder), {o.job.folder: o.refused for o in outcomes}
     done = [job for job in comparison.jobs if refused.get(job.folder, "") is None]
-    measured = {job.board: job.evaluation.tasks for job in comparison.jobs}
+    measured = {
+        j.board: {name[0] for evaluation in j.evaluations for name in evaluation.names()} for j in comparison.jobs
+    }
     shared = max(Counter(task for tasks in measured.values() for task in tasks).values()) > 1
     found, costs = results.summarise(
         [
-            results.Evaluated(job.entry, folder / job.folder / ANSWERS, job.seed, job.board if shared else None)
+            results.Evaluated(job.entry, log, job.seed, job.board if shared else None)
             for job in done
+            for log in answers(job, folder)
         ]
     )
     models = []
@@ -41,4 +45,4 @@ def leaderboard(
         models.append({**first, "note": "; ".join(notes) or None})
     settings = {key: value for key, value in comparison.settings.items() if key not in ("title", "scale")}
     head = {"title": comparison.title, "scale": comparison.scale, "settings": settings, "models": models}
-    return {**head, **found}, costs
+    return with_speeds({**head, **found}, folder), costs

@@ -6,13 +6,14 @@ measurements and kept apart.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..core.errors import InputError
 from . import log
 
 RULES = ("official", "fixed")
@@ -38,21 +39,24 @@ class Evaluated:
 def summarise(runs: Sequence[Evaluated]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Scores and costs of every cell.
 
-    Returns: {"scores": [...], "grouped": [...]} and costs. A score has model, task, length, train_seed, seed, count,
-    chance, mean_tokens, truncated, and for each rule mean, low and high: the 95% interval of Wilson where every score
-    is 0 or 1, of 2,000 bootstrap resamples otherwise. "grouped" has means by depth (whole percent) or distance
-    (segments). A cost has seconds, tokens_per_second and peak_bytes.
+    Returns: {"scores": [...], "grouped": [...]}, with "text" (see `perplexity`) where there is any, and costs. A score
+    has model, task, length, train_seed, seed, count, chance, mean_tokens, truncated, and for each rule mean, low and
+    high: the 95% interval of Wilson where every score is 0 or 1, of 2,000 bootstrap resamples otherwise. "grouped" has
+    means by depth (whole percent) or distance (segments). A cost has seconds, tokens_per_second and peak_bytes.
     """
-    scores, grouped, costs = [], [], []
+    scores, grouped, text, costs = [], [], [], []
     for run in runs:
         for cell, lines in _cells(run.log):
             task = cell["task"] if run.trained_on is None else f"{run.trained_on}: {cell['task']}"
             name = {"model": run.model, **cell, "task": task, "train_seed": run.train_seed}
             records = [record for line in lines for record in line["records"]]
+            costs.append({**name, **_cost(lines, records)})
+            if "carried" in records[0]:
+                text.append({**name, **perplexity(records)})
+                continue
             scores.append({**name, "chance": lines[0]["chance"], **_score(records)})
             grouped += [{**name, **group} for group in _groups(records)]
-            costs.append({**name, **_cost(lines, records)})
-    return {"scores": scores, "grouped": grouped}, costs
+    return {"scores": scores, "grouped": grouped, **({"text": text} if text else {})}, costs
 
 
 def _cells(path: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
@@ -105,6 +109,28 @@ def interval(scores: Sequence[float]) -> dict[str, float]:
         draws = np.random.default_rng(0).integers(len(scores), size=(_RESAMPLES, len(scores)))
         low, high = np.quantile(np.asarray(scores)[draws].mean(1), (0.025, 0.975)).tolist()
     return {"mean": round(mean, 6), "low": round(low, 6), "high": round(high, 6)}
+
+
+def perplexity(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of pieces of text, records as of `TextCell`: count, the number of predicted tokens, and with the 95% interval of
+    2,000 bootstrap resamples of the pieces "perplexity" (a token, the state carried) and "gain" (nats a token that
+    carrying saves against a new state for every segment)."""
+    sums = {key: np.asarray([r[key] for r in records], float) for key in ("carried", "predicted", "gained", "compared")}
+    draws = np.random.default_rng(0).integers(len(records), size=(_RESAMPLES, len(records)))
+
+    def ratio(above: str, below: str, change: Callable[[Any], Any]) -> dict[str, float]:
+        mean = change(sums[above].sum() / sums[below].sum())
+        low, high = np.quantile(change(sums[above][draws].sum(1) / sums[below][draws].sum(1)), (0.025, 0.975))
+        return {"mean": round(float(mean), 6), "low": round(float(low), 6), "high": round(float(high), 6)}
+
+    if not sums["compared"].all():
+        raise InputError("Segments of one token predict nothing without a state, so nothing can be compared.")
+    return {
+        "count": len(records),
+        "predicted": int(sums["predicted"].sum()),
+        "perplexity": ratio("carried", "predicted", lambda loss: np.exp(np.minimum(loss, 700))),
+        "gain": ratio("gained", "compared", lambda nats: nats),
+    }
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from ..hosts import base_model, load, parameter_report
 from ..hosts.saving import ADAPTER, HEADER
 from ..training.tokenizer import find_tokenizer
 from .experiment import LOG, SETTINGS, Experiment
+from .token_tasks import TASKS
 
 CARRIED = 8
 
@@ -33,11 +34,14 @@ class Trained:
 
     @property
     def sizes(self) -> Mapping[str, Mapping[str, Any]]:
-        """Sizes of the token-level task that the model was trained on, by the name of the task."""
+        """Sizes of the token-level task that the model was trained on, by the names of the tasks that have them."""
         if self.experiment is None or not self.experiment.task_options:
             return {}
-        names = [f"chomsky_{n}" for n in self.experiment.tasks] if self.experiment.task == "chomsky" else []
-        return dict.fromkeys(names or [self.experiment.task], self.experiment.task_options)
+        trained = self.experiment.task
+        names = [f"chomsky_{n}" for n in self.experiment.tasks] if trained == "chomsky" else [trained]
+        # remember and rewrite are one task with the same sizes.
+        names += [n for n, kind in TASKS.items() if trained in TASKS and kind is TASKS[trained] and n != trained]
+        return dict.fromkeys(names, self.experiment.task_options)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -67,7 +71,11 @@ class Trained:
 def carried_bytes(model: Any) -> int:
     """Bytes that outlive a call of one row: state, open segment and caches, after `CARRIED` segments."""
     base = base_model(model)
-    stream = base.stream().feed(torch.zeros(1, CARRIED * base.mnemic.layout.segment, dtype=torch.long))
+    return stream_bytes(base.stream().feed(torch.zeros(1, CARRIED * base.mnemic.layout.segment, dtype=torch.long)))
+
+
+def stream_bytes(stream: Any) -> int:
+    """Bytes that a stream carries to the next call, without the last logits."""
     logits = stream.cache.last_logits
     return stream.state_bytes - (0 if logits is None else logits.nbytes)
 

@@ -123,6 +123,7 @@ def _size(chosen: Any, config: Any, segment: int | None) -> dict[str, Any]:
     from ..hosts import parameter_report
     from ..hosts.anatomy import examine, host_spec
     from ..hosts.attach import install
+    from ..hosts.kinds import check_kind, kind_of
 
     try:
         with torch.device("meta"):
@@ -131,6 +132,7 @@ def _size(chosen: Any, config: Any, segment: int | None) -> dict[str, Any]:
         raise HostError(f"{type(config).__name__} describes no causal language model: {error}") from error
     anatomy, spec = examine(model), host_spec(model)
     try:
+        check_kind(type(model).__name__, kind_of(type(model), model.config), chosen)
         try:
             with torch.device("meta"):
                 memory = memory_class(chosen.name)(chosen, spec)
@@ -141,6 +143,8 @@ def _size(chosen: Any, config: Any, segment: int | None) -> dict[str, Any]:
     except ConfigError as error:
         if segment is not None:
             raise
+        return {"problem": f"{error}\nGive --segment, --set or --host to see its size."}
+    except HostError as error:
         return {"problem": str(error)}
     report = parameter_report(model)
     layout = model.mnemic.layout  # pyright: ignore[reportAttributeAccessIssue]
@@ -168,7 +172,7 @@ def _show_size(out: Any, host: str, size: dict[str, Any]) -> None:
     from ._shared import table
 
     if size["problem"]:
-        return print(f"On {host}: {size['problem']}\nGive --segment, --set or --host to see its size.")
+        return print(f"On {host}: {size['problem']}")
     total = size["host"] + size["memory"]
     rows = table(f"On {host}: {size['class']}, {size['layers']} layers of width {size['width']}", "what", "value")
     rows.add_row("parameters of the host", f"{size['host']:,}")

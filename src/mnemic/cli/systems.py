@@ -14,6 +14,11 @@ PROBE_HOST = {
     "num_key_value_heads": 4, "vocab_size": 64, "max_position_embeddings": 32768,
 }  # fmt: skip
 """A Llama as wide as its segments are long, so that memories with one slot per token fit too."""
+PROBE_ENCODER_DECODER = {
+    "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 64, "max_position_embeddings": 128,
+}  # fmt: skip
+"""A BART of the same width, for memories that stand on encoder-decoders only."""
 SEGMENT = 64
 SMALLER = {"ahn": {"num_sinks": 16}}
 """Options whose defaults do not fit into such a segment."""
@@ -88,6 +93,7 @@ def describe(name: str) -> dict[str, Any]:
         "family": memory_family(name),
         "what": doc.split("\n")[0].rstrip(".") or kind.paper,
         "paper": kind.paper,
+        "hosts": sorted(kind.hosts),
         "sites": default["sites"],
         "state_size": kind.state_size,
         "parameters": default["parameters"],
@@ -98,42 +104,89 @@ def describe(name: str) -> dict[str, Any]:
         "state_bytes": default["state_bytes"],
         "options": {f.name: _plain(f.default) for f in dataclasses.fields(kind.config_class)},
         "presets": {n: {k: _plain(v) for k, v in p.items()} for n, p in presets.items()},
-        "probed_on": {"architecture": "llama", **PROBE_HOST, "segment": SEGMENT},
+        "probed_on": {**_probe_host(kind), "segment": SEGMENT},
         "problem": {preset: p["problem"] for preset, p in probed.items() if p["problem"]},
     }
+
+
+def _probe_host(kind: Any) -> dict[str, Any]:
+    """Settings of the small host that a memory is tried on."""
+    if "decoder" in kind.hosts:
+        return {"architecture": "llama", **PROBE_HOST}
+    return {"architecture": "bart", **PROBE_ENCODER_DECODER}
 
 
 def _probe(name: str, preset: str) -> dict[str, Any]:
     """Attach the memory to a fresh host and try it: sites, identity, whether the state stays as large."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..core.errors import MnemicError
-    from ..hosts import attach
+    from ..core.registry import memory_class
 
     result: dict[str, Any] = {"sites": None, "identity": None, "constant": None, "state_bytes": None}
     result |= {"parameters": None, "problem": None}
+    tried = _try_segments if "decoder" in memory_class(name).hosts else _try_turns
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        host = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **PROBE_HOST)).eval()
-        ids = torch.randint(PROBE_HOST["vocab_size"], (1, 4 * SEGMENT))
         try:
-            first = ids[:, : 2 * SEGMENT].split(SEGMENT, dim=1)
-            plain = torch.cat([host(part, use_cache=False).logits for part in first], dim=1)
-            model = attach(host, name, preset=preset, segment=SEGMENT, check=False, **SMALLER.get(name, {}))
-            # A window sees across the edges of segments, as it should: only the first one is the host's own.
-            read = SEGMENT if model.memory.continuous else 2 * SEGMENT
-            logits = model(ids[:, :read], use_cache=False).logits
+            model, found = tried(name, preset)
+            result |= found
             result["sites"] = sorted(model.memory.sites)
             result["parameters"] = sum(p.numel() for p in model.memory.parameters() if p.requires_grad)
-            result["identity"] = bool(torch.allclose(logits, plain[:, :read], atol=1e-5))
-            stream = model.stream().feed(ids[:, : 2 * SEGMENT])
-            early = stream.state_bytes
-            result["constant"] = stream.feed(ids[:, 2 * SEGMENT :]).state_bytes == early
-            result["state_bytes"] = stream.state.nbytes
         except MnemicError as error:
             result["problem"] = str(error)
     return result
+
+
+def _try_segments(name: str, preset: str) -> tuple[Any, dict[str, Any]]:
+    """A memory on a causal language model, over four segments."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..hosts import attach
+
+    host = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **PROBE_HOST)).eval()
+    ids = torch.randint(PROBE_HOST["vocab_size"], (1, 4 * SEGMENT))
+    first = ids[:, : 2 * SEGMENT].split(SEGMENT, dim=1)
+    plain = torch.cat([host(part, use_cache=False).logits for part in first], dim=1)
+    model = attach(host, name, preset=preset, segment=SEGMENT, check=False, **SMALLER.get(name, {}))
+    # A window sees across the edges of segments, as it should: only the first one is the host's own.
+    read = SEGMENT if model.memory.continuous else 2 * SEGMENT
+    logits = model(ids[:, :read], use_cache=False).logits
+    stream = model.stream().feed(ids[:, : 2 * SEGMENT])
+    early = stream.state_bytes
+    return model, {
+        "identity": bool(torch.allclose(logits, plain[:, :read], atol=1e-5)),
+        "constant": stream.feed(ids[:, 2 * SEGMENT :]).state_bytes == early,
+        "state_bytes": stream.state.nbytes,
+    }
+
+
+def _try_turns(name: str, preset: str) -> tuple[Any, dict[str, Any]]:
+    """A memory on an encoder-decoder, over four turns."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    from ..hosts import attach
+
+    host = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **PROBE_ENCODER_DECODER)).eval()
+    turns = torch.randint(PROBE_ENCODER_DECODER["vocab_size"], (4, SEGMENT)).split(1)
+    plain = [host(turn, decoder_input_ids=turn).logits for turn in turns[:2]]
+    model = attach(host, name, preset=preset, segment=SEGMENT, check=False)
+    read, state = [], None
+    for turn in turns[:2]:
+        output = model(turn, decoder_input_ids=turn, memory_state=state)
+        state = output.memory_state
+        read.append(output.logits)
+    talk = model.conversation().turn(turns[0])
+    early = talk.state_bytes
+    for turn in turns[1:]:
+        talk.turn(turn)
+    return model, {
+        "identity": bool(torch.allclose(torch.cat(read), torch.cat(plain), atol=1e-5)),
+        "constant": talk.state_bytes == early,
+        "state_bytes": talk.state_bytes,
+    }
 
 
 def _row(entry: dict[str, Any]) -> list[str]:

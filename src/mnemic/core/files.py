@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,13 +36,13 @@ def write_file(path: str | os.PathLike, kind: str, header: Mapping[str, Any], te
     Raises:
         InputError: the folder does not exist, cannot be written, or the disk is full.
     """
-    stored = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    full = {**header, "kind": kind, "format_version": FORMAT_VERSION}
-    full["checksum"] = _checksum(full, stored)
-    metadata = {"mnemic": json.dumps(full, sort_keys=True)}
-    # safetensors refuses tensors that share storage; distinct copies keep the format simple.
-    stored = {name: t.clone() for name, t in stored.items()}
+    stored, metadata = _packed(kind, header, tensors)
     replace_atomically(Path(path), lambda temporary: save_file(stored, temporary, metadata=metadata))
+
+
+def to_bytes(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of the file that `write_file` would write."""
+    return save_bytes(*_packed(kind, header, tensors))
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -94,6 +96,45 @@ def read_file(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise FileFormatError(f"{path} is damaged or no safetensors file ({error}); {expected}.") from error
+    return _checked(str(path), kind, metadata, tensors), tensors
+
+
+def from_bytes(
+    data: bytes, kind: str, *, what: str = "The data", max_bytes: int = MAX_BYTES
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of what `to_bytes` made, or of a file's content; `what` names it in errors.
+
+    Raises:
+        FileFormatError: damaged, foreign, too large, of another kind, or of a newer format.
+    """
+    if len(data) > max_bytes:
+        raise FileFormatError(f"{what} has {len(data):,} bytes, more than the limit of {max_bytes:,}.")
+    try:
+        tensors = load_bytes(data)
+        # The library hands out tensors alone; it has checked the length that comes first.
+        described = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = described.get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise FileFormatError(
+            f"{what} is damaged or not in the safetensors format ({error}); expected a mnemic {kind}."
+        ) from error
+    return _checked(what, kind, metadata, tensors), tensors
+
+
+def _packed(
+    kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata as the format has them."""
+    stored = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    full = {**header, "kind": kind, "format_version": FORMAT_VERSION}
+    full["checksum"] = _checksum(full, stored)
+    # safetensors refuses tensors that share storage; distinct copies keep the format simple.
+    return {name: t.clone() for name, t in stored.items()}, {"mnemic": json.dumps(full, sort_keys=True)}
+
+
+def _checked(path: str, kind: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The header, if all is as it was written. Raises `FileFormatError`."""
+    expected = f"expected a mnemic {kind} file"
     if "mnemic" not in metadata:
         raise FileFormatError(f"{path} is a safetensors file that mnemic did not write; {expected}.")
     try:
@@ -112,7 +153,7 @@ def read_file(
         )
     if found != kind:
         raise FileFormatError(f"{path} holds a mnemic {found}; {expected}.")
-    return header, tensors
+    return header
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

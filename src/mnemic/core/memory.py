@@ -6,7 +6,7 @@ remembers: state comes in as an argument and leaves as a result. A memory overri
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,9 @@ Site = Literal["tokens", "attention", "residual", "feed_forward", "logits"]
 """Where a memory reads. `tokens`: memory tokens around the segment; `attention`: inside a block's attention, or in its
 place; `residual`: beside it, or around the block; `feed_forward`: beside a feed-forward part, or in its place;
 `logits`: after the head."""
+
+HostKind = Literal["decoder", "encoder", "encoder-decoder"]
+"""Causal language models; models whose tokens see each other both ways; models of both."""
 
 SITE_METHODS: Mapping[str, Site] = {
     "before_attention": "attention",
@@ -135,7 +138,8 @@ class HostSpec:
     hidden_size: width d of the residual stream; num_layers: L; embedding_std: standard deviation of the token
     embeddings, for memories that start out looking like tokens; num_heads, num_key_value_heads, head_dim: of the
     attention; rotary: keys are turned by their position; vocab_size; max_positions: None
-    if unlimited; linears: by their names in the first block, (input, output) widths of its linear layers.
+    if unlimited; linears: by their names in the first block, (input, output) widths of its linear layers. kind: what it
+    is; of an encoder-decoder all else is said of the encoder.
     """
 
     hidden_size: int
@@ -150,6 +154,7 @@ class HostSpec:
     rotary: bool = False
     max_positions: int | None = None
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    kind: HostKind = "decoder"
 
 
 Trace = dict[str, Tensor]
@@ -194,6 +199,7 @@ class Memory(nn.Module):
             without real tokens as it is; by default it gets copies of the rows that commit.
         write_pass: a complete segment runs through the host a second time, with `Step.writing` set, before `commit`.
         limits: rules of the contract that it does not hold -> why, for tables; {} for nearly all.
+        hosts: kinds of hosts it stands on.
     """
 
     name: ClassVar[str]
@@ -208,6 +214,7 @@ class Memory(nn.Module):
     masked_commits: ClassVar[bool] = False
     write_pass: bool = False
     limits: ClassVar[Mapping[str, str]] = {}
+    hosts: ClassVar[frozenset[HostKind]] = frozenset({"decoder"})
 
     num_read_tokens: int = 0
     """Memory tokens in front of each segment."""
@@ -233,6 +240,10 @@ class Memory(nn.Module):
     """The host keeps no keys and values: `attention` gets this step's only and keeps what it wants in its buffers."""
     keeps_hidden: bool = False
     """The text's last hidden states, after the host's final norm, reach `commit` as `trace[-1]["hidden"]`."""
+    opening_token: int | None = None
+    """On encoders: the token in front of each segment and its memory, [CLS]."""
+    closing_token: int | None = None
+    """On encoders: the token behind each segment, and behind its memory tokens, [SEP]."""
     companion: Any = None
     """A second language model that reads the same tokens, for `logits` (`Step.companion_logits`)."""
 
@@ -373,11 +384,26 @@ class Memory(nn.Module):
         """
         return {}
 
+    # Hosts
+
+    def copy_from(self, blocks: Sequence[nn.Module], stack: nn.Module, host: Host) -> None:
+        """Take weights from the host's blocks, or from the module that runs them, when the memory is attached."""
+
+    def encoded(self, hidden: Tensor, state: State) -> Tensor:
+        """On encoder-decoders: what the decoder reads, (B, n + T, d), from the encoder's last hidden states (B, T, d)
+        and the state that they leave: the memory's n rows come first."""
+        return hidden
+
     # Writing
 
     def write_input(self, state: State, embeddings: Tensor) -> Tensor:
         """Input of the second pass (`write_pass`), from the segment's token embeddings (B, T, d)."""
         return embeddings
+
+    def write_positions(self, tokens: int) -> Tensor | None:
+        """Host positions (n,) of that input for a segment of so many tokens, or None: in order. Where it gives some,
+        the host gets no mask: `attention` makes its own."""
+        return None
 
     def commit(self, state: State, segment: Segment) -> State:
         """The state after a complete segment."""

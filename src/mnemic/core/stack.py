@@ -4,14 +4,14 @@ At each site the memories act in the order of the config: the first is nearest t
 under its name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .memory import HostSpec, Memory, MemoryConfig, Segment, Site, Trace
+from .memory import HostKind, HostSpec, Memory, MemoryConfig, Segment, Site, Trace
 from .state import State
 from .step import AttentionCall, Host, Step
 
@@ -42,6 +42,7 @@ class Stack(Memory):
     name = "stack"
     config_class = StackConfig
     paper = "several memories on one host"
+    hosts: ClassVar[frozenset[HostKind]] = frozenset({"decoder", "encoder-decoder"})
     config: StackConfig
 
     def __init__(self, config: StackConfig, host: HostSpec):
@@ -157,9 +158,21 @@ class Stack(Memory):
         name = next(n for n, m in self.members.items() if m.num_inner_tokens)
         return self.members[name].inner_tokens(self._part(name, state))
 
+    def copy_from(self, blocks: Sequence[nn.Module], stack: nn.Module, host: Host) -> None:
+        for member in self.members.values():
+            member.copy_from(blocks, stack, host)
+
+    def encoded(self, hidden: Tensor, state: State) -> Tensor:
+        for name, member in self.members.items():
+            hidden = member.encoded(hidden, self._part(name, state))
+        return hidden
+
     def write_input(self, state: State, embeddings: Tensor) -> Tensor:
         name = next(n for n, m in self.members.items() if m.write_pass)
         return self.members[name].write_input(self._part(name, state), embeddings)
+
+    def write_positions(self, tokens: int) -> Tensor | None:
+        return next(m for m in self.members.values() if m.write_pass).write_positions(tokens)
 
     def commit(self, state: State, segment: Segment) -> State:
         after = {}

@@ -66,6 +66,7 @@ class Frame:
     columns: the open segment's store of features; None where nothing is kept from call to call.
     buffers: tensors (B, ...) that the stream owns and the memory may change in place; None where there is no stream.
     writing: this is the second pass of a memory with `write_pass`. diagnosing: `Memory.diagnostics` will be asked.
+    attending: the layer whose attention runs, for hosts whose attention modules do not know theirs.
 
     What the step leaves: trace, written_trace (by layer, for `commit`), left (state), notes (for layers above), losses,
     hidden (B, T, d) after the host's final norm.
@@ -99,6 +100,7 @@ class Frame:
     hidden: Tensor | None = None
     rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     reached: set[tuple[str, int]] | None = None
+    attending: int | None = None
 
     def at(self, layer: int) -> "Step":
         return Step(self, layer)

@@ -7,19 +7,21 @@ numbers later.
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core.errors import ConfigError, HostError
-from ..core.memory import Memory, MemoryConfig
+from ..core.memory import HostKind, Memory, MemoryConfig
 from ..core.registry import memory_class, memory_config
 from ..core.stack import StackConfig
 from . import probe
 from .anatomy import Anatomy, attention_of, examine, host_spec
 from .attention import NAMES, HostAccess, find_norms, switch
 from .host import MemoryHost
+from .kinds import check_kind, kind_of, load_host, loader_of
 from .layout import Layout, host_spans
 from .sites import LastHiddenHook, install_sites, remove_sites, replaced_modules
 from .steps import Attachment
@@ -40,7 +42,7 @@ def attach(
 
     Args:
         host: a causal language model of transformers, the same under PEFT, a name or path to load one from, or a
-            config to build a fresh one.
+            config to build a fresh one; for memories that stand on them, an encoder or encoder-decoder with its head.
         memory: a name ("lm2"), a name with preset ("lm2:paper"), a config, or a list of these, which stand on the host
             together, the first nearest to it (also "lm2+pkm").
         segment: tokens between two writes; by default 512, or what the host's positions allow.
@@ -63,13 +65,16 @@ def attach(
             f"This {base.mnemic.host_class.__name__} already has the memory {base.memory.name!r}; detach it first."
         )
     anatomy = examine(base)
+    kind = kind_of(type(base), base.config)
+    check_kind(type(base).__name__, kind, config)
+    way = _way(kind)
     if check:
-        probe.check_host(base, anatomy)
+        way.check_host(base, anatomy)
     try:
         module = memory_class(config.name)(config, host_spec(base))
-        install(base, module, anatomy, segment)
+        way.install(base, module, anatomy, segment)
         if check:
-            probe.check_memory(base)
+            way.check_memory(base)
     except BaseException:
         if is_attached(base):
             detach(base)
@@ -93,14 +98,15 @@ def detach(model: Any) -> Any:
     remove_sites(attached.sites)
     for parameter, trained in attached.replaced:
         parameter.requires_grad_(trained)
-    switch(base, attached.access.attentions, {NAMES[attached.backend]: attached.backend})
+    if attached.backend in NAMES:
+        switch(base, attached.access.attentions, {NAMES[attached.backend]: attached.backend})
     base.__class__ = base.mnemic.host_class
     del base.memory, base.mnemic
     return model
 
 
 def is_attached(model: Any) -> bool:
-    return isinstance(base_model(model), MemoryHost)
+    return isinstance(vars(base_model(model)).get("mnemic"), Attachment)
 
 
 def base_model(model: Any) -> Any:
@@ -193,6 +199,19 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
     base.__class__ = type(host_class.__name__, (MemoryHost, host_class), {"__module__": host_class.__module__})
 
 
+def _way(kind: HostKind) -> Any:
+    """The module with `check_host`, `install` and `check_memory` for hosts of a kind."""
+    if kind == "encoder":
+        from . import encoder_attach
+
+        return encoder_attach
+    if kind == "encoder-decoder":
+        from . import encoder_decoder_attach
+
+        return encoder_decoder_attach
+    return SimpleNamespace(check_host=probe.check_host, install=install, check_memory=probe.check_memory)
+
+
 def _layout(name: str, memory: Memory, anatomy: Anatomy, segment: int | None) -> Layout:
     before = memory.first_position() if memory.host.rotary else 0
     around = before + (memory.num_read_tokens + memory.num_write_tokens) * memory.shifting_tokens
@@ -270,12 +289,13 @@ def _config_for(memory: Any, preset: str | None, fresh: bool, options: dict[str,
 def _model_of(host: Any) -> Any:
     if isinstance(host, PreTrainedConfig):
         try:
-            return AutoModelForCausalLM.from_config(host)
+            cls = loader_of(host)
+            return cls(host) if issubclass(cls, PreTrainedModel) else cls.from_config(host)
         except ValueError as error:
             raise HostError(f"{type(host).__name__} describes no causal language model: {error}") from error
     if isinstance(host, str | Path):
         try:
-            return AutoModelForCausalLM.from_pretrained(host)
+            return load_host(host)
         except (OSError, ValueError) as error:
             raise HostError(
                 f"Cannot load a host from {str(host)!r}: {error} Give a folder saved by transformers, a name on the "

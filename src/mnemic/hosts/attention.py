@@ -50,7 +50,7 @@ def attend(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
             return _base(base, module)(module, query, keys, values, mask, **kwargs)[0]
 
-        layer: Any = module.layer_idx
+        layer = _layer(module, frame)
         if frame is None or layer not in frame.memory.layers:
             return plain(query, key, value, attention_mask), None
         rotation, new = frame.rotations.get(layer), None
@@ -77,6 +77,12 @@ def attend(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         return frame.memory.attention(call, frame.at(layer)), None
 
     return function
+
+
+def _layer(module: nn.Module, frame: Any) -> Any:
+    """Number of the layer that an attention module belongs to; encoders' often do not know theirs."""
+    known = getattr(module, "layer_idx", None)
+    return frame.attending if known is None and frame is not None else known
 
 
 def routed(frame: Any, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

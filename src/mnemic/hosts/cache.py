@@ -170,7 +170,11 @@ class MemoryCache(Cache):
 
     def select(self, rows: Rows) -> "MemoryCache":
         """A new cache with copies of the given rows, in that order."""
-        twin = self.fork()
+        if not self.started:
+            return self.fork()
+        # Picking rows copies every tensor already.
+        twin = MemoryCache(self.layout)
+        twin.__dict__.update(self.__dict__)
         twin._select(rows)
         return twin
 

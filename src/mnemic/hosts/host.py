@@ -20,9 +20,11 @@ from ..core.state import State
 from ..core.truncation import Truncation
 from .anatomy import token_embeddings
 from .cache import MemoryCache
+from .encoder_step import first_state
 from .inputs import check_tokens
 from .layout import Layout
 from .replay import check_replay, read_replayed
+from .saved import SavedWithMemory
 from .segments import LogitsCollector, Piece, Reading, align, cut, next_piece
 from .steps import MemorySteps
 
@@ -42,7 +44,7 @@ class MemoryOutput(CausalLMOutputWithPast):
     memory_diagnostics: dict[str, Tensor] | None = None
 
 
-class MemoryHost(MemorySteps):
+class MemoryHost(SavedWithMemory, MemorySteps):
     """The methods a host gains. Use `mnemic.attach` to get one."""
 
     def forward(
@@ -194,7 +196,9 @@ class MemoryHost(MemorySteps):
                 assert cache.reads is not None
                 reads = cache.reads if everyone else cache.reads.select(rows)
                 trace = self._write_pass(before, reads, segment.trace[-1]["embeddings"], segment.start)
-                segment = replace(segment, trace={**segment.trace, **trace})
+                # A stacked memory may have kept things of its own in the first pass.
+                joined = {i: {**segment.trace.get(i, {}), **trace.get(i, {})} for i in {**segment.trace, **trace}}
+                segment = replace(segment, trace=joined)
             after = self.memory.commit(before, segment)
             if found is not None:
                 with torch.no_grad():
@@ -235,29 +239,17 @@ class MemoryHost(MemorySteps):
 
     def _start(self, cache: MemoryCache, batch: int, memory_state: State | None, memory_reset: Tensor | None) -> Tensor:
         """Give a new cache its state. Returns the rows that start from `memory_state`, (B,) bool on the CPU."""
-        anew = torch.full((batch,), memory_state is None) if memory_reset is None else memory_reset.cpu()
-        if anew.shape != (batch,) or anew.dtype != torch.bool or (memory_state is None and not bool(anew.all())):
-            raise InputError(
-                f"memory_reset {anew.tolist()}: expected ({batch},) bool, true wherever there is no memory_state to "
-                "start from."
-            )
-        if batch > 1 and not self.memory.batch_safe:
-            raise UnsupportedError(f"The memory {self.memory.name!r} reads one row at a time; got {batch}.")
         if not cache.started:
-            first = self.memory.initial_state(batch)
-            if memory_state is not None:
-                first._check_same(memory_state)
-                if memory_state.batch_size not in (None, batch):
-                    raise InputError(f"memory_state has {memory_state.batch_size} rows, the input {batch}.")
-                first = memory_state if not bool(anew.any()) else memory_state.where(anew, first)
+            first, carried = first_state(self.memory, batch, memory_state, memory_reset)
             cache.start(first, batch)
-        elif memory_state is not None or memory_reset is not None:
+            return carried
+        if memory_state is not None or memory_reset is not None:
             raise InputError("Give either past_key_values or memory_state: the cache already holds a state.")
-        elif cache.batch_size != batch:
+        if cache.batch_size != batch:
             raise InputError(f"The cache holds {cache.batch_size} rows, the input {batch}.")
-        elif cache.layout is not self.mnemic.layout:
+        if cache.layout is not self.mnemic.layout:
             self._check_cache(cache)
-        return ~anew
+        return torch.zeros(batch, dtype=torch.bool)
 
     def _check_cache(self, cache: MemoryCache) -> None:
         assert cache.state is not None
@@ -323,14 +315,6 @@ class MemoryHost(MemorySteps):
         if load is not None:
             return Stream.load(self, load, tokenizer=tokenizer)
         return Stream(self, batch_size, tokenizer=tokenizer)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As the host's, with the memory's weights under `memory.` and `mnemic.json` beside them."""
-        from .saving import write_header
-
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write_header(self, save_directory, kwargs.get("state_dict"))
 
 
 def _rows_of(segment: Segment, rows: Tensor) -> Segment:

@@ -14,7 +14,6 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from ..core.errors import FileFormatError, HostError, InputError, StateError
@@ -22,7 +21,9 @@ from ..core.files import FORMAT_VERSION, read_file, replace_atomically, write_fi
 from ..core.registry import config_from_dict
 from ..core.state import State
 from .attach import attach, base_model, is_attached
+from .encoder_step import check_state
 from .fingerprint import check_fingerprint, fingerprint
+from .kinds import load_host
 
 ADAPTER, HEADER = "memory.safetensors", "mnemic.json"
 
@@ -108,7 +109,7 @@ def load_state(model: Any, path: str | os.PathLike) -> State:
     check_owner(base, header, f"The state {path}")
     first = base.memory.initial_state(1)
     state = State({n: t.to(base.device, first[n].dtype if n in first else None) for n, t in tensors.items()})
-    first._check_same(state)
+    check_state(base.memory, state)
     return state
 
 
@@ -161,7 +162,7 @@ def _load_adapter(folder: Path, host: Any, trainable: bool, options: dict[str, A
         options = {"revision": known["revision"], **options} if known["revision"] else options
     if isinstance(host, str | os.PathLike):
         try:
-            host = AutoModelForCausalLM.from_pretrained(host, **options)
+            host = load_host(host, **options)
         except (OSError, ValueError) as error:
             raise HostError(f"The adapter {folder} needs the host {host!r}, which cannot be loaded: {error}") from error
     check_fingerprint(base_model(host), "host", known["fingerprint"], f"The adapter {folder}")
@@ -190,7 +191,7 @@ def _load_whole(folder: Path, options: dict[str, Any]) -> Any:
     # The memory's weights in the host's file are expected here; transformers would report them as left over.
     transformers_logging.set_verbosity_error()
     try:
-        host = AutoModelForCausalLM.from_pretrained(folder, **options)
+        host = load_host(folder, **options)
     except Exception as error:
         raise FileFormatError(f"{folder} holds no complete host: {error}") from error
     finally:

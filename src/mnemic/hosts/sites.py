@@ -105,6 +105,8 @@ class AttentionSite(Site):
             turned = kwargs.get("position_embeddings")
             if turned is not None:
                 frame.rotations[self.layer] = turned
+            if getattr(self.module, "layer_idx", None) is None:
+                frame.attending = self.layer
             output = self.own(*args, **kwargs)
         if memory.uses("residual"):
             output = _with_output(output, lambda x: memory.residual(x, source, step))

@@ -341,11 +341,15 @@ class MemorySteps(MemoryGeneration):
         count = torch.arange(given.shape[1], device=given.device)[None]
         frame = Frame(self.memory, state, reads, host=self.mnemic.access, writing=True, training=self.training)
         frame.places = start[:, None] + count - (given.shape[1] - embeddings.shape[1])
-        positions = count + (self.memory.first_position(writing=True) if self.memory.host.rotary else 0)
+        own = self.memory.write_positions(embeddings.shape[1])
+        positions = count if own is None else own.to(given.device)[None]
+        positions = positions + (self.memory.first_position(writing=True) if self.memory.host.rotary else 0)
+        # Four dimensions, so that the host takes it as it is.
+        mask = None if own is None else count.new_ones(given.shape[0], 1, 1, 1, dtype=torch.bool)
         with running(frame):
             self.mnemic.stack(
                 inputs_embeds=given,
-                attention_mask=None,
+                attention_mask=mask,
                 position_ids=positions.expand(given.shape[0], -1),
                 use_cache=False,
                 **{KEYWORD: Carried(frame)},

@@ -2,9 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
-from operator import index
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,29 +12,27 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from ..core.errors import FileFormatError, InputError
-from ..core.files import MAX_BYTES, read_file, write_file
+from ..core.files import MAX_BYTES, from_bytes, read_file, to_bytes, write_file
 from ..core.state import Rows, State
-from .anatomy import token_embeddings
 from .attach import base_model
 from .cache import KeyValues, MemoryCache
 from .fingerprint import fingerprint
 from .host import MemoryHost
-from .inputs import check_vocabulary
+from .reading import Ids, Inputs, Text
 from .saving import check_owner, describe
 
 _SEGMENTS_PER_CALL = 16
 
-Text = str | Sequence[str]
-Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
-
-class Stream:
+class Stream(Inputs):
     """Feed tokens of any length, generate at any point, save and resume.
 
     Args:
         model: an attached model. batch_size: rows read side by side; they need not be in step.
         tokenizer: for text; ids need none. By default the host's own, where it has a name.
     """
+
+    _kind = "stream"
 
     def __init__(self, model: Any, batch_size: int = 1, *, tokenizer: Any = None):
         if batch_size < 1:
@@ -63,24 +59,6 @@ class Stream:
         """The memory's state, as of the last commit."""
         assert self.cache.state is not None
         return self.cache.state
-
-    @property
-    def tokenizer(self) -> Any:
-        """Raises `InputError` where there is none."""
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            name = getattr(self.base.config, "_name_or_path", "")
-            try:
-                if not name:
-                    raise OSError("the host was built without a name")
-                self._tokenizer = AutoTokenizer.from_pretrained(name)
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"This stream has no tokenizer ({error}); pass tokenizer= to stream(), or use token ids (and "
-                    "return_ids=True)."
-                ) from error
-        return self._tokenizer
 
     # Reading
 
@@ -247,6 +225,61 @@ class Stream:
         Raises:
             InputError: nothing was read yet, or the file cannot be written.
         """
+        write_file(path, "stream", self._header(), self._tensors())
+
+    @classmethod
+    def load(
+        cls, model: Any, path: str | os.PathLike, *, tokenizer: Any = None, max_bytes: int = MAX_BYTES
+    ) -> "Stream":
+        """Read a stream saved by `save`, from any device or dtype.
+
+        Raises:
+            FileFormatError: the file is damaged, foreign, too large or too new.
+            StateError: it belongs to another memory, host, or weights.
+        """
+        header, tensors = read_file(path, "stream", max_bytes=max_bytes)
+        return cls._of(model, header, tensors, f"The stream {path}", tokenizer)
+
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes, for stores of one's own.
+
+        Raises:
+            InputError: nothing was read yet.
+        """
+        return to_bytes("stream", self._header(), self._tensors())
+
+    @classmethod
+    def from_bytes(
+        cls,
+        model: Any,
+        data: bytes,
+        *,
+        tokenizer: Any = None,
+        max_bytes: int = MAX_BYTES,
+        what: str = "The stream",
+    ) -> "Stream":
+        """Read what `to_bytes` made, or a saved stream's content; `what` names it in errors. Raises as `load`."""
+        header, tensors = from_bytes(data, "stream", what=what, max_bytes=max_bytes)
+        return cls._of(model, header, tensors, what, tokenizer)
+
+    # Inside
+
+    @classmethod
+    def _of(cls, model: Any, header: dict[str, Any], tensors: dict[str, Tensor], what: str, tokenizer: Any) -> "Stream":
+        base: MemoryHost = base_model(model)
+        try:
+            check_owner(base, header, what)
+            stream = cls(model, len(header["open"]), tokenizer=tokenizer)
+        except (KeyError, TypeError, AttributeError, InputError) as error:
+            raise FileFormatError(f"{what} is incomplete or inconsistent ({error}); restore it from a copy.") from error
+        try:
+            stream._restore(header, {n: stream._here(n, t) for n, t in tensors.items()})
+        except (KeyError, ValueError, IndexError, RuntimeError, TypeError) as error:
+            raise FileFormatError(f"{what} is incomplete or inconsistent ({error}); restore it from a copy.") from error
+        return stream
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that is saved, by name."""
         cache, layout = self.cache, self.cache.layout
         if cache.last_logits is None:
             raise InputError("This stream has read nothing; there is nothing to save.")
@@ -260,33 +293,10 @@ class Stream:
             tensors.update({f"trace/{i}/{n}": t for i, trace in cache.trace.items() for n, t in trace.items()})
         tensors.update({f"buffers/{n}": t for n, t in cache.buffers.items()})
         tensors["last_logits"] = cache.last_logits
-        write_file(path, "stream", self._header(), tensors)
+        return tensors
 
-    @classmethod
-    def load(
-        cls, model: Any, path: str | os.PathLike, *, tokenizer: Any = None, max_bytes: int = MAX_BYTES
-    ) -> "Stream":
-        """Read a stream saved by `save`, from any device or dtype.
-
-        Raises:
-            FileFormatError: the file is damaged, foreign, too large or too new.
-            StateError: it belongs to another memory, host, or weights.
-        """
-        header, tensors = read_file(path, "stream", max_bytes=max_bytes)
-        base: MemoryHost = base_model(model)
-        what = f"The stream {path}"
-        try:
-            check_owner(base, header, what)
-            stream = cls(model, len(header["open"]), tokenizer=tokenizer)
-        except (KeyError, TypeError, AttributeError, InputError) as error:
-            raise FileFormatError(f"{what} is incomplete or inconsistent ({error}); restore it from a copy.") from error
-        try:
-            stream._restore(header, {n: stream._here(n, t) for n, t in tensors.items()})
-        except (KeyError, ValueError, IndexError, RuntimeError, TypeError) as error:
-            raise FileFormatError(f"{what} is incomplete or inconsistent ({error}); restore it from a copy.") from error
-        return stream
-
-    # Inside
+    def _begins(self) -> bool:
+        return not bool(self.cache.seen.any())
 
     def _new_cache(self) -> MemoryCache:
         cache = MemoryCache(self.base.mnemic.layout)
@@ -379,61 +389,3 @@ class Stream:
         step = _SEGMENTS_PER_CALL * self.cache.layout.segment
         for start in range(0, ids.shape[1], step):
             yield ids[:, start : start + step], None if mask is None else mask[:, start : start + step]
-
-    def _encode(self, inputs: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Ids (B, Q), left-padded, and their mask."""
-        if isinstance(inputs, Tensor):
-            ids = inputs.cpu() if inputs.dim() == 2 else inputs.cpu()[None]
-            mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu().long()
-            if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or mask.shape != ids.shape:
-                raise InputError(
-                    f"Ids of shape {tuple(inputs.shape)} and dtype {inputs.dtype} with a mask of shape "
-                    f"{tuple(mask.shape)}; expected int64 ids (batch, tokens) and a mask of the same shape."
-                )
-        else:
-            if attention_mask is not None:
-                raise InputError("attention_mask goes with a tensor of ids; lists of any lengths need none.")
-            ids, mask = self._pad(self._rows(inputs))
-        if ids.shape[0] != self.batch_size:
-            raise InputError(f"Input of {ids.shape[0]} rows for a stream of {self.batch_size}.")
-        if not ids.numel() or not bool(mask.any()):
-            raise InputError("Empty input: expected at least one token.")
-        check_vocabulary(ids.long()[mask.bool()], token_embeddings(self.base).shape[0])
-        return ids.long().masked_fill(mask == 0, 0), mask
-
-    def _rows(self, inputs: Any) -> list[list[int]]:
-        texts: Any = [inputs] if isinstance(inputs, str) else inputs
-        try:
-            if isinstance(inputs, Mapping):
-                raise TypeError("of a tokenizer's output, give the input_ids")
-            if all(isinstance(t, str) for t in texts):
-                begins = not bool(self.cache.seen.any())
-                rows = [self._tokens(t, add_special_tokens=begins) for t in texts]
-                # Some tokenizers add nothing but special tokens to an empty string.
-                return rows if any(texts) else [[]]
-            flat = all(isinstance(t, Integral) for t in texts)
-            # index() takes the integers of any library and neither floats nor text.
-            return [[index(i) for i in row] for row in ([texts] if flat else texts)]
-        except TypeError as error:
-            raise InputError(
-                f"Cannot read input of type {type(inputs).__name__} ({error}); expected text, token ids, or a list of "
-                "either."
-            ) from error
-
-    def _tokens(self, text: str, **options: Any) -> list[int]:
-        tokenizer = self.tokenizer
-        try:
-            return tokenizer(text, **options)["input_ids"]
-        # The tokenizers library raises bare exceptions, for example on a word without a token.
-        except Exception as error:
-            raise InputError(f"The tokenizer cannot read {text[:60]!r}: {error}") from error
-
-    @staticmethod
-    def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        longest = max((len(row) for row in rows), default=0)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row) :] = torch.tensor(row, dtype=torch.long)
-            mask[i, longest - len(row) :] = 1
-        return ids, mask

@@ -43,6 +43,8 @@ class MemoryTrainer(Guarded):
             None for all at once. The numbers are the same.
         log_memory: log the memory's diagnostics (gates, slot entropy, ...) with the loss.
         stateful: batches go on where the last one stopped, as their "reset" (B,) says; see `StatefulRows`.
+        max_grad_value: clip every entry of the gradients to this size, after `max_grad_norm` of the arguments has
+            clipped their norm; float("inf") there for this alone.
 
     Raises:
         HostError: the model has no memory. ConfigError: nothing of the memory or host would be trained.
@@ -59,6 +61,7 @@ class MemoryTrainer(Guarded):
         chunked_loss: int | None = None,
         log_memory: bool = False,
         stateful: bool = False,
+        max_grad_value: float | None = None,
         **kwargs: Any,
     ):
         if not is_attached(model):
@@ -72,6 +75,12 @@ class MemoryTrainer(Guarded):
         super().__init__(model, *args, **kwargs)
         self.truncation, self.memory_learning_rate, self.log_memory = truncation, memory_learning_rate, log_memory
         self.replay, self.stateful, self.memory_weight_decay = replay, stateful, memory_weight_decay
+        self.max_grad_value = max_grad_value
+        if max_grad_value is not None and not (max_grad_value > 0 and self.args.max_grad_norm > 0):
+            raise ConfigError(
+                f"max_grad_value = {max_grad_value}, max_grad_norm = {self.args.max_grad_norm}: expected both above 0; "
+                "max_grad_norm=float('inf') leaves norms as they are."
+            )
         self.chunked_loss = None if chunked_loss is None else ChunkedLoss(model, chunked_loss)
         self._streams = streams_of(self, model) if stateful else None
         self._diagnostics: dict[str, Tensor] = {}
@@ -100,6 +109,12 @@ class MemoryTrainer(Guarded):
         # The backward pass as well: layers may run again in it.
         with nullcontext() if self.chunked_loss is None else self.chunked_loss.on():
             return super().training_step(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if self.max_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(model.parameters(), self.max_grad_value)
+        return norm
 
     def create_accelerator_and_postprocess(self) -> None:
         given: Any = self.args.accelerator_config

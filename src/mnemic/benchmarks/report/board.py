@@ -100,7 +100,7 @@ def board(results: Data, costs: Sequence[Data] = ()) -> Board:
     entries = {key: _entry(scores) for key, scores in runs.items()}
     means = {}
     for name in [model["model"] for model in results["models"]]:
-        if all((name, column) in entries for column in columns):
+        if columns and all((name, column) in entries for column in columns):
             means[name] = math.fsum(entries[name, column].official.mean for column in columns) / len(columns)
     models = sorted(results["models"], key=lambda model: -means.get(model["model"], -1))
     chances = {
@@ -180,7 +180,7 @@ def check(results: Data, costs: Sequence[Data]) -> None:
     for key in ("title", "models", "scores"):
         if key not in results:
             raise InputError(f"The results have no {key!r}; expected what an evaluation writes.")
-    if not results["scores"]:
+    if not results["scores"] and not results.get("text"):
         raise InputError(f"{results['title']!r} has no scores, so there is nothing to report; run an evaluation first.")
     lists = {"models": results["models"], "scores": results["scores"], "grouped": results.get("grouped", ())}
     for kind, entries in {**lists, "costs": costs}.items():

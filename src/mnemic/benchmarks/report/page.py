@@ -11,7 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from .board import Board, Data, board
 from .figures import check_plots, drawings
 from .svg import inline
-from .tables import amount, facts, fixed, legend, percent, size, spread
+from .tables import amount, facts, fixed, legend, percent, size, speeds_legend, spread
+from .text import LEGEND, MEASURES, shown, text
 
 
 def page(results: Data, costs: Sequence[Data]) -> str:
@@ -48,6 +49,8 @@ def page(results: Data, costs: Sequence[Data]) -> str:
             (heading, list(group)) for heading, group in groupby(figures, lambda drawn: drawn[0].section)
         ],
         costs=[_cost(cost) for cost in costs],
+        speeds=speeds_legend(results),
+        text=_text(results),
     ) + "\n"  # fmt: skip
 
 
@@ -73,6 +76,30 @@ def _row(made: Board, model: Data, known: list[tuple[float | None, str]]) -> dic
         ],
         "facts": known,
     }
+
+
+def _text(results: Data) -> dict[str, Any] | None:
+    if (made := text(results)) is None:
+        return None
+    rows = [
+        (
+            name,
+            [
+                {
+                    "value": repr(made.entries[name, column][measure].mean),
+                    "said": said,
+                    "best": measure == "perplexity" and (name, column) in made.best,
+                }
+                if (said := shown(made, name, column, measure))
+                else None
+                for column in made.columns
+                for measure in MEASURES
+            ],
+        )
+        for name in made.models
+    ]
+    tasks = [f"{column.task}, {column.length} tokens" for column in made.columns]
+    return {"tasks": tasks, "measures": MEASURES, "rows": rows, "legend": LEGEND}
 
 
 def _known(made: Board) -> tuple[list[str], dict[str, list[tuple[float | None, str]]]]:

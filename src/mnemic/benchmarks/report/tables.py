@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .board import RULES, Board, Column, Data, Entry, board
+from .text import LEGEND, MEASURES, shown, text
+from .text import Text as HeldOut
 
 _RUN = ("model", "task", "length", "train_seed", "seed", "count", "chance", "mean_tokens", "truncated")
 CSV_COLUMNS = (*_RUN, *(f"{rule}{part}" for rule in RULES for part in ("", "_low", "_high")))
@@ -55,18 +57,43 @@ def size(number: int | None) -> str:
 
 
 def facts(made: Board, model: Data) -> list[tuple[str, float | None, str]]:
-    """(heading, number, as text) of what is known of a model besides its scores."""
+    """(heading, number, as text) of what is known of a model besides its scores.
+
+    A speed is followed by its ratio to the host without memory.
+    """
     name = model["model"]
     cost = made.costs.get(name)
     speed, peak = (cost.tokens_per_second, cost.peak_bytes) if cost else (None, None)
     state, trained = made.state_bytes(name), model.get("tokens_trained")
+    quiet = model.get("speeds") or {}
+    train, decode = quiet.get("train"), quiet.get("decode")
     return [
         ("parameters", model["parameters"], amount(model["parameters"])),
         ("tokens trained", trained, amount(trained)),
         ("state", state, size(state)),
         ("tokens/s", speed, amount(speed)),
         ("peak memory", peak, size(peak)),
+        ("training tokens/s", *_speed(train)),
+        ("decode tokens/s", *_speed(decode)),
+        ("long state", quiet.get("state_bytes"), size(quiet.get("state_bytes"))),
     ]
+
+
+def _speed(found: Mapping[str, float] | None) -> tuple[float | None, str]:
+    if found is None:
+        return None, ""
+    return found["tokens_per_second"], f"{amount(found['tokens_per_second'])} ({found['ratio']:.2f})"
+
+
+def speeds_legend(results: Data) -> str | None:
+    """What the speeds are, in words; None where none were measured."""
+    if (how := results.get("speeds")) is None:
+        return None
+    return (
+        f"Training and decode tokens/s: measured one model at a time on {how['device']}, {how['threads']} threads, "
+        f"board {how['board']}, medians of {how['rounds']} rounds; in brackets the ratio to the host without memory in "
+        f"the same turn. Decoding: one row that has read {how['history']:,} tokens; long state: what it then carries."
+    )
 
 
 def print_report(results: Data, costs: Sequence[Data], console: Console) -> None:
@@ -80,6 +107,8 @@ def print_report(results: Data, costs: Sequence[Data], console: Console) -> None
     for columns in _packed(made, console.width):
         console.print(_scores(made, columns, title, _has_mean(made) and columns[-1] == made.columns[-1]))
         title = ""
+    if title:
+        console.print(Text(title, style="bold"))
     about = _table("")
     about.add_column("model", overflow="fold")
     rows = {model["model"]: facts(made, model) for model in made.models}
@@ -89,10 +118,17 @@ def print_report(results: Data, costs: Sequence[Data], console: Console) -> None
     for name, row in rows.items():
         about.add_row(Text(name), *(Text(row[i][2]) for i in kept))
     console.print(about)
+    if (quiet := speeds_legend(results)) is not None:
+        console.print(Text(quiet), soft_wrap=True)
+    if (held_out := text(results)) is not None:
+        for column in held_out.columns:
+            console.print(_text(held_out, column))
+        console.print(Text(LEGEND), soft_wrap=True)
     for model in made.models:
         if model.get("note"):
             console.print(Text(f"{model['model']}: {model['note']}"))
-    console.print(Text("\n".join(legend(made, "*"))), soft_wrap=True)
+    if made.columns:
+        console.print(Text("\n".join(legend(made, "*"))), soft_wrap=True)
 
 
 def legend(made: Board, best: str) -> list[str]:
@@ -129,6 +165,24 @@ def _scores(made: Board, columns: Sequence[Column], title: str, means: bool) -> 
     return table
 
 
+def _text(made: HeldOut, column: Column) -> Table:
+    table = _table(f"{column.task}, pieces of {column.length} tokens")
+    table.add_column("model", overflow="fold")
+    for measure in MEASURES:
+        table.add_column(measure, justify="right")
+    for name in made.models:
+        cells = []
+        for measure in MEASURES:
+            said, best = shown(made, name, column, measure), (name, column) in made.best and measure == "perplexity"
+            if said is None:
+                cells.append(Text("–", style="dim"))
+                continue
+            cells.append(Text(f"{'* ' if best else ''}{said[0]}", style="bold" if best else ""))
+            cells[-1].append(f"\n{said[1]}", style="not bold dim")
+        table.add_row(Text(name), *cells)
+    return table
+
+
 def _cell(made: Board, name: str, column: Column) -> Text:
     entry = made.entries.get((name, column))
     if entry is None:
@@ -145,6 +199,8 @@ def _cell(made: Board, name: str, column: Column) -> Text:
 
 def _packed(made: Board, width: int) -> Iterator[list[Column]]:
     """Columns in runs that fit the console beside the names and the mean; at least one a run."""
+    if not made.columns:
+        return
     beside = [max(map(len, [*made.scored, "chance"])), *([len("100.0")] if _has_mean(made) else [])]
     room = width - sum(letters + _MARGIN for letters in beside) - _MARGIN
     run: list[Column] = []
@@ -167,6 +223,20 @@ def _has_mean(made: Board) -> bool:
 
 def _table(title: str) -> Table:
     return Table(title=Text(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+
+
+def models_csv(results: Data) -> str:
+    """One row a model: what it is, and its speeds."""
+    made = io.StringIO()
+    writer = csv.writer(made, lineterminator="\n")
+    known = ("model", "memory", "parameters", "tokens_trained", "state_bytes")
+    parts = ("tokens_per_second", "ratio", "low", "high")
+    writer.writerow([*known, *(f"{kind}_{part}" for kind in ("train", "decode") for part in parts), "long_state_bytes"])
+    for model in results["models"]:
+        quiet = model.get("speeds") or {}
+        speeds = [quiet.get(kind, {}).get(part) for kind in ("train", "decode") for part in parts]
+        writer.writerow([*(model.get(key) for key in known), *speeds, quiet.get("state_bytes")])
+    return made.getvalue()
 
 
 def scores_csv(results: Data) -> str:

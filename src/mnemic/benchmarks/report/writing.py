@@ -9,27 +9,33 @@ from ...core.errors import InputError, MissingExtraError
 from ...core.files import replace_atomically
 from .board import Data, board
 from .page import page
-from .tables import scores_csv
+from .tables import models_csv, scores_csv
+from .text import text, text_csv
 
 REPORT, TABLE, COSTS, PAGE = "report.json", "report.csv", "costs.json", "report.html"
+TEXT, MODELS = "text.csv", "models.csv"
 
 
 def write_report(results: Data, costs: Sequence[Data], folder: str | Path) -> list[Path]:
     """Write report.json, report.csv, costs.json and report.html, each in one step, and return their paths.
 
-    The first two depend on the results alone, so equal results give equal bytes. The page comes last: without
+    With them text.csv where there is held-out text, and models.csv where speeds were measured. All but costs.json and
+    the page depend on the results alone, so equal results give equal bytes. The page comes last: without
     matplotlib the others are there, and the error says so.
 
     Raises:
         InputError: see `board`; no JSON; or the folder cannot be written. MissingExtraError: no matplotlib.
     """
     board(results, costs)
+    text(results)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     makers = {
         REPORT: lambda: _json(results),
         TABLE: lambda: scores_csv(results),
         COSTS: lambda: _json(list(costs)),
+        **({TEXT: lambda: text_csv(results)} if results.get("text") else {}),
+        **({MODELS: lambda: models_csv(results)} if "speeds" in results else {}),
         PAGE: lambda: _page(results, costs),
     }
     for name, make in makers.items():

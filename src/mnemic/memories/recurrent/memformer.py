@@ -10,8 +10,9 @@ where it began. Written out (x input of a block's attention, y what the last blo
     forget   m_i <- (m_i + v_i) / |m_i + v_i|,      first m_i = v_i / |v_i|
 
 Decisions:
-- The paper's encoder is the host here, a causal decoder. M is written from complete segments and read by later ones, so
-  nothing reaches back; there is no decoder to predict the next segment, the host predicts its own tokens.
+- The paper's encoder is the host here. On a causal decoder M is written from complete segments and read by later ones,
+  so nothing reaches back, and the host predicts its own tokens. On an encoder-decoder a segment is a turn: the encoder
+  reads M and writes it, the decoder answers the turn from what the encoder made.
 - Reads take the attention's input (the normalised residual stream) as query and join its output, as in lm2: the sum
   after attention, where the paper reads, is out of reach in hosts with two norms around it.
 - alpha is 1, or with `identity_start` learned from 0 for each block: the host is unchanged at first.
@@ -26,14 +27,14 @@ Back-propagation that keeps states only and runs each segment again (the paper's
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError
-from ...core.memory import HostSpec, Memory, MemoryConfig, Segment, option
+from ...core.memory import HostKind, HostSpec, Memory, MemoryConfig, Segment, option
 from ...core.state import State
 from ...core.step import Host, Step
 from ...ops import slot_bank
@@ -65,6 +66,7 @@ class Memformer(Memory):
     config_class = MemformerConfig
     paper = "Memformer: A Memory-Augmented Transformer for Sequence Modeling (2020, arXiv 2010.06891)"
     state_size = "num_slots * d"
+    hosts: ClassVar[frozenset[HostKind]] = frozenset({"decoder", "encoder", "encoder-decoder"})
     config: MemformerConfig
 
     def __init__(self, config: MemformerConfig, host: HostSpec):
@@ -114,21 +116,28 @@ class Memformer(Memory):
         return x
 
     def commit(self, state: State, segment: Segment) -> State:
-        return State({"slots": self.written(state["slots"], segment.trace[self.layers[-1]]["tokens"])[0]})
+        return State({"slots": self._committed(state, segment)[0]})
 
     def diagnostics(self, state: State, segment: Segment) -> dict[str, Tensor]:
         """How much of a slot's attention stays with itself, and how far slots turn (1 - cosine)."""
-        slots, kept = self.written(state["slots"], segment.trace[self.layers[-1]]["tokens"])
+        slots, kept = self._committed(state, segment)
         turned = 1 - (slots * state["slots"]).sum(-1)
         last = f"block{self.layers[-1]}"
         return {f"{last}/kept": kept.detach().float().mean(), f"{last}/turned": turned.detach().float().mean()}
 
-    def written(self, slots: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots (B, k, d) after a segment of tokens (B, T, d), and their attention to themselves (B, k)."""
+    def _committed(self, state: State, segment: Segment) -> tuple[Tensor, Tensor]:
+        return self.written(state["slots"], segment.trace[self.layers[-1]]["tokens"], segment.mask)
+
+    def written(self, slots: Tensor, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Slots (B, k, d) after a segment of tokens (B, T, d), and their attention to themselves (B, k). mask: (B, T)
+        bool, False for padding."""
         tokens = F.rms_norm(tokens, tokens.shape[-1:])
         query = slots @ self.write_query
         own = (query * (slots @ self.write_key)).sum(-1, keepdim=True)
-        scores = torch.cat([own, query @ (tokens @ self.write_key).mT], dim=-1)
+        others = query @ (tokens @ self.write_key).mT
+        if mask is not None:
+            others = others.masked_fill(~mask[:, None], float("-inf"))
+        scores = torch.cat([own, others], dim=-1)
         weights = (scores / self.config.temperature).softmax(-1)
         mine = slots @ self.write_value if self.config.own_value == "projected" else slots
         new = weights[..., :1] * mine + weights[..., 1:] @ (tokens @ self.write_value)
