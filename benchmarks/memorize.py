@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import mnemic
+from mnemic.core.state import State
 
 SEGMENT, VALUES = 16, 8
 CLS, SEP, MARK, ASK = 1, 2, 3, 4
@@ -43,6 +44,13 @@ def encoder(seed: int = 0, dropout: float = 0.25) -> Any:
     return BertForSequenceClassification(BertConfig(**settings))
 
 
+def set_dropout(model: Any, rate: float) -> None:
+    """Of the whole host."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
+
+
 def with_memory(host: Any, tokens: int = 4) -> Any:
     return mnemic.attach(host, "rmt-1m", segment=SEGMENT, num_tokens=tokens, cls_id=CLS, sep_id=SEP)
 
@@ -62,23 +70,28 @@ class Training:
             ids, values, _ = texts(self.rows, self._segments(least, most), self.place, self.draw)
             self._learn(1 - (1 - last_rate) * step / steps, input_ids=ids, labels=values)
 
-    def carried(self, most: int, steps: int, *, anew: float = 0.2, silent: float = 0.6, last_rate: float = 1.0) -> None:
-        """As `stage`, but only this share of the rows begins `anew`. The others go on from the state of the call
-        before, without gradient to it, and this share of them is `silent`, without a fact: asked for is the one they
-        read last.
+    def carried(self, most: int, steps: int, *, anew: float = 0.1, noise: float = 0.3, last_rate: float = 1.0) -> None:
+        """As `stage`, but a row goes on from the state of the call before, without gradient to it and without another
+        fact; the share `anew` of the rows, and those that answered wrongly, begin again.
+
+        noise: Gaussian noise is added to the states, its standard deviation drawn from 0 to this for each row: what is
+        stored must be where the network comes back to, or it fades over thousands of segments.
         """
-        state, known = None, torch.zeros(self.rows, dtype=torch.long)
+        state, known, wrong = None, torch.zeros(self.rows, dtype=torch.long), torch.ones(self.rows, dtype=torch.bool)
         for step in range(steps):
             ids, values, columns = texts(self.rows, self._segments(1, most), self.place, self.draw)
-            first = torch.rand(self.rows, generator=self.draw) < (anew if state is not None else 1.0)
-            bare = (torch.rand(self.rows, generator=self.draw) < silent) & ~first
-            row = bare.nonzero().squeeze(1)
+            first = wrong | (torch.rand(self.rows, generator=self.draw) < anew)
+            row = (~first).nonzero().squeeze(1)
             for column in (columns[row], columns[row] + 1):
                 ids[row, column] = torch.randint(FIRST_FILLER, VOCABULARY, (len(row),), generator=self.draw)
-            known = torch.where(bare, known, values)
-            rate = 1 - (1 - last_rate) * step / steps
-            output = self._learn(rate, input_ids=ids, labels=known, memory_state=state, memory_reset=first)
-            state = output.memory_state.detach()
+            known = torch.where(first, values, known)
+            given: dict[str, Any] = {"input_ids": ids, "labels": known}
+            if state is not None:
+                size = noise * torch.rand(self.rows, 1, 1, generator=self.draw)
+                noisy = {name: t + size * torch.randn(t.shape, generator=self.draw) for name, t in state.items()}
+                given |= {"memory_state": State(noisy), "memory_reset": first}
+            output = self._learn(1 - (1 - last_rate) * step / steps, **given)
+            state, wrong = output.memory_state.detach(), output.logits.argmax(-1) != known
 
     def _segments(self, least: int, most: int) -> int:
         return int(torch.randint(least, most + 1, (), generator=self.draw))

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import mnemic
 
-from . import compare, demo, evaluate, new, prepare, show, stream, systems, train
+from . import chat, compare, demo, evaluate, new, prepare, serve, show, stream, systems, train
 
 
 class _Commands(TyperGroup):
@@ -49,7 +49,7 @@ def _options(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Give any Transformer a memory: look, train, measure, stream.
+    """Give any Transformer a memory: look, train, measure, stream, serve.
 
     \b
     First steps:
@@ -60,6 +60,7 @@ def _options(
       mnemic eval runs/recall                           accuracy, with intervals
       mnemic compare CONFIG.toml --output DIR           several memories alike, and a leaderboard
       mnemic stream runs/recall --ask "? Mary"          talk to a model that remembers
+      mnemic serve runs/recall                          the same for many, over HTTP
 
     `mnemic COMMAND --help` has examples and says which files are read and written.
     """
@@ -72,6 +73,8 @@ app.command("train", short_help="Train a host with a memory.")(train.train)
 app.command("eval", short_help="Measure a trained model.")(evaluate.evaluate)
 app.command("compare", short_help="Train and measure several memories alike.")(compare.compare)
 app.command("stream", short_help="Read, ask, save, resume.")(stream.stream)
+app.command("serve", short_help="Serve sessions over HTTP.")(serve.serve)
+app.command("chat", short_help="Talk to a session of a server.")(chat.chat)
 app.command("new", short_help="Begin a new memory.")(new.new)
 app.command("demo", short_help="See what a memory does.")(demo.demo)
 

@@ -54,8 +54,8 @@ def stream(
             raise InputError(f"{path} does not exist or is no file.")
     if save is not None and not save.parent.is_dir():
         raise InputError(f"{save.parent} does not exist; --save names a file in a folder that does.")
-    attached = _open(model, memory, segment)
-    words = _tokenizer(model, attached, tokenizer)
+    attached = open_model(model, memory, segment)
+    words = tokenizer_for(model, attached, tokenizer)
     running = attached.stream(tokenizer=words, load=load)
     for path in feed or ():
         with open(path, encoding="utf-8") as file:
@@ -97,7 +97,7 @@ def pieces(file: TextIO) -> Iterator[str]:
         yield kept
 
 
-def _open(model: str, memory: str | None, segment: int | None) -> Any:
+def open_model(model: str, memory: str | None, segment: int | None) -> Any:
     import mnemic
 
     from ..benchmarks.trained import check_folder
@@ -120,7 +120,7 @@ def _open(model: str, memory: str | None, segment: int | None) -> Any:
     return placed(attached)
 
 
-def _tokenizer(model: str, attached: Any, given: str | None) -> Any:
+def tokenizer_for(model: str, attached: Any, given: str | None) -> Any:
     from ..hosts import base_model
     from ..training.tokenizer import find_tokenizer
 

@@ -1,0 +1,1 @@
+"""Serving: many conversations, each with its own memory, on one model."""

@@ -1,0 +1,133 @@
+"""Errors of the server: what a client gets, with an HTTP status and a body as the OpenAI interface has it."""
+
+import math
+from typing import Any, ClassVar
+
+from ..core.errors import MnemicError
+
+
+class ServingError(MnemicError):
+    """Base. status: of HTTP; type, code: as in the body; param: the field of the request that is meant, if one is."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {}
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(ServingError, ValueError):
+    """A request whose content cannot be used."""
+
+    status, type, code = 400, "invalid_request_error", "invalid_value"
+
+
+class TooLarge(InvalidRequest):
+    """More bytes or tokens than the server takes."""
+
+    status, code = 413, "too_large"
+
+
+class Unauthorised(ServingError):
+    """No key, or one that is not known."""
+
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class SessionNotFound(ServingError):
+    """No such session, or not this tenant's."""
+
+    status, type, code = 404, "invalid_request_error", "session_not_found"
+
+
+class UnknownModel(ServingError):
+    """The server has no model of that name."""
+
+    status, type, code = 404, "invalid_request_error", "model_not_found"
+
+
+class SessionBusy(ServingError):
+    """Somebody else is writing to the session."""
+
+    status, type, code = 409, "conflict_error", "session_busy"
+
+
+class VersionConflict(ServingError):
+    """The session has moved on since it was read."""
+
+    status, type, code = 409, "conflict_error", "version_conflict"
+
+
+class Overloaded(ServingError):
+    """More is waiting than the server takes; retry_after: seconds until it is likely to have room."""
+
+    status, type, code = 429, "rate_limit_error", "overloaded"
+
+    def __init__(self, message: str, *, retry_after: float, param: str | None = None):
+        super().__init__(message, param=param)
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+
+
+class QuotaExceeded(ServingError):
+    """The tenant has as many sessions or bytes as it may."""
+
+    status, type, code = 429, "insufficient_quota", "quota_exceeded"
+
+
+class StepFailed(ServingError):
+    """The model failed on this request."""
+
+    status, code = 500, "step_failed"
+
+
+class OutOfMemory(ServingError):
+    """The device has no room for this request."""
+
+    status, code = 503, "out_of_memory"
+
+
+class StoreUnavailable(ServingError):
+    """The session store does not answer, or its disk is full."""
+
+    status, code = 503, "store_unavailable"
+
+
+class SessionDamaged(StoreUnavailable):
+    """A session's stored state is not what was written."""
+
+    code = "session_damaged"
+
+
+class SessionUnusable(ServingError):
+    """A session's state does not fit the model that is served."""
+
+    code = "session_unusable"
+
+
+class ShuttingDown(ServingError):
+    """The server takes no more requests."""
+
+    status, code = 503, "shutting_down"
+
+
+class DeadlineExceeded(ServingError):
+    """The request took longer than it may."""
+
+    status, type, code = 504, "timeout_error", "deadline_exceeded"
