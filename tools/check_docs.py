@@ -27,7 +27,7 @@ GENERATED = {
         for name in (
             *("leaderboard", "demo", "bench", "babilong", "aligned", "built", "unbuilt"),
             *("retrieval", "replay", "unbiased", "babi", "babi_transfer", "tasks", "babilong_build"),
-            "transformer_xl_study",
+            *("transformer_xl_study", "rmt_1m", "recurrent"),
         )
     },
 }

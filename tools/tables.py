@@ -121,6 +121,19 @@ def transformer_xl_study() -> str:
     return table(["long memory", "state bytes", "all", "copied", "fresh", "copied, each seed"], rows)
 
 
+def rmt_1m() -> str:
+    """Right answers of RMT-1M's toy by length, with Wilson's interval, and what reading took."""
+    from mnemic.benchmarks.results import wilson
+
+    rows = []
+    for row in read("rmt_1m/detect.json")["lengths"]:
+        low, high = wilson(row["right"] / row["rows"], row["rows"])
+        cells = [f"{row[name]:,}" for name in ("tokens", "segments")]
+        right = f"{row['right']} of {row['rows']} ({low:.0%} to {high:.0%})"
+        rows.append([*cells, right, f"{row['state_bytes_a_row']:,}", f"{row['peak_mb']:.0f}", f"{row['input_mb']:.0f}"])
+    return table(["tokens", "segments", "right (95%)", "state bytes a row", "peak MB", "of it ids"], rows)
+
+
 def babi() -> str:
     """Distance of generated bAbI stories to the released ones, and what chance would leave."""
     rows = [
@@ -172,21 +185,33 @@ def tasks() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def leaderboard() -> str:
-    """Score of each model on each task and length, in percent, and what it carries and reads a second."""
+def leaderboard(folder: str = "leaderboard") -> str:
+    """Score of each model on each task and length, in percent, what it carries, and how fast it is: tokens a second, or
+    where speeds were measured in quiet, times the host without memory in training and decoding."""
     from mnemic.benchmarks.report.board import board
     from mnemic.benchmarks.report.tables import amount, percent, size
 
-    made = board(read("leaderboard/report.json"), read("leaderboard/costs.json"))
+    results = read(f"{folder}/report.json")
+    made = board(results, read(f"{folder}/costs.json"))
+    speeds = {m["model"]: m["speeds"] for m in results["models"] if "speeds" in m}
     rows = []
     for name in made.scored:
         scores = [(percent(made.entries[name, c].official.mean), (name, c) in made.best) for c in made.columns]
-        speed = made.costs[name].tokens_per_second
         cells = [f"**{score}**" if best else score for score, best in scores]
-        rows.append([f"`{name}`", *cells, size(made.state_bytes(name)), amount(speed)])
+        if speeds:
+            fast = [f"{speeds[name][kind]['ratio']:.2f}" for kind in ("train", "decode")]
+        else:
+            fast = [amount(made.costs[name].tokens_per_second)]
+        rows.append([f"`{name}`", *cells, size(made.state_bytes(name)), *fast])
     chance = [" / ".join(map(percent, made.chances[c])) for c in made.columns]
     heads = [f"{c.task.removeprefix('segment_')} {c.length}" for c in made.columns]
-    return table(["memory", *heads, "state", "tokens/s"], [*rows, ["chance", *chance, "", ""]])
+    columns = ["training", "decoding"] if speeds else ["tokens/s"]
+    return table(["memory", *heads, "state", *columns], [*rows, ["chance", *chance, "", *([""] * len(columns))]])
+
+
+def recurrent() -> str:
+    """The leaderboard of the recurrent family."""
+    return leaderboard("recurrent")
 
 
 def built() -> str:
@@ -244,6 +269,7 @@ if __name__ == "__main__":
         "demo": demo, "bench": bench, "babilong": babilong, "aligned": aligned, "built": built, "unbuilt": unbuilt,
         "retrieval": retrieval, "replay": replay, "unbiased": unbiased, "babi": babi,
         "babi_transfer": babi_transfer, "tasks": tasks, "babilong_build": babilong_build,
-        "leaderboard": leaderboard, "transformer_xl_study": transformer_xl_study,
+        "leaderboard": leaderboard, "recurrent": recurrent, "transformer_xl_study": transformer_xl_study,
+        "rmt_1m": rmt_1m,
     }  # fmt: skip
     print(tables[sys.argv[1]]())
