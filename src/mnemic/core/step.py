@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..ops.attention import with_columns
 from ..ops.rotary import unrotate
 
 
@@ -301,6 +302,24 @@ class AttentionCall:
     def plain(self, **changes: Any) -> Tensor:
         """The host's own attention, (B, T, H, e); `changes` replace query, keys, values or mask."""
         return self.base(*(changes.get(n, getattr(self, n)) for n in ("query", "keys", "values", "mask")))
+
+    def after(self, keys: Tensor, values: Tensor, there: Tensor, step: Step) -> Tensor:
+        """The host's attention over further keys and values in front of its own, (B, T, H, e).
+
+        keys, values: (B, key-value heads, n, e), rotated. there: (B, n) bool, which of them a row has.
+        """
+        there = there[:, None, None]
+        if step.streaming and self.softcap is None and not step.training:
+            # The cache is not copied at each token.
+            joined = with_columns(self.query, self.keys, self.values, self.mask, keys, values, there, self.scale)
+            return joined.transpose(1, 2)
+        text = self.bool_mask()
+        mask = [there.expand(-1, -1, text.shape[2], -1), text.expand(len(there), -1, -1, -1)]
+        return self.plain(
+            keys=torch.cat([keys, self.keys], dim=2),
+            values=torch.cat([values, self.values], dim=2),
+            mask=torch.cat(mask, dim=3),
+        )
 
     def free_query(self) -> Tensor:
         """The query free of position."""

@@ -24,7 +24,7 @@ from .host import MemoryHost
 from .kinds import check_kind, kind_of, load_host, loader_of
 from .layout import Layout, host_spans
 from .sites import LastHiddenHook, install_sites, remove_sites, replaced_modules
-from .steps import Attachment
+from .steps import Attachment, stand_on
 
 DEFAULT_SEGMENT = 512
 
@@ -176,11 +176,8 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
         hooks.append(anatomy.stack.register_forward_hook(LastHiddenHook(), with_kwargs=True))
     if inside:
         switch(base, attentions, {backend: NAMES[backend]})
-    host_class = type(base)
-    attached: Any = base
-    attached.memory = memory
-    attached.mnemic = Attachment(
-        host_class=host_class,
+    attachment = Attachment(
+        host_class=type(base),
         layout=layout,
         stack=anatomy.stack,
         spans=access.spans,
@@ -193,10 +190,7 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
         replaced=[(p, p.requires_grad) for m in replaced_modules(memory, sites) for p in m.parameters()],
         hooks=hooks,
     )
-    for parameter, _ in attached.mnemic.replaced:
-        parameter.requires_grad_(False)
-    # The subclass keeps the host's name: configs and checkpoints record it.
-    base.__class__ = type(host_class.__name__, (MemoryHost, host_class), {"__module__": host_class.__module__})
+    stand_on(base, MemoryHost, memory, attachment)
 
 
 def _way(kind: HostKind) -> Any:

@@ -15,6 +15,7 @@ from .encoder_step import EncodedHook, encode_segment
 from .layout import Layout
 from .probe import _ids, evaluating
 from .sites import install_sites, replaced_modules
+from .steps import stand_on
 
 DEFAULT_SEGMENT = 512
 
@@ -66,11 +67,8 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
     access = HostAccess(anatomy.stack, [])
     access.embeddings = base.get_input_embeddings()
     sites = install_sites(name, memory, anatomy)
-    host_class = type(base)
-    attached: Any = base
-    attached.memory = memory
-    attached.mnemic = EncoderAttachment(
-        host_class=host_class,
+    attachment = EncoderAttachment(
+        host_class=type(base),
         layout=Layout(segment=segment, every=segment, read=memory.num_read_tokens),
         stack=anatomy.stack,
         spans={},
@@ -84,10 +82,7 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
         hooks=[anatomy.stack.register_forward_hook(EncodedHook())],
         by_token=by_token,
     )
-    for parameter, _ in attached.mnemic.replaced:
-        parameter.requires_grad_(False)
-    # The subclass keeps the host's name: configs and checkpoints record it.
-    base.__class__ = type(host_class.__name__, (EncoderHost, host_class), {"__module__": host_class.__module__})
+    stand_on(base, EncoderHost, memory, attachment)
 
 
 def check_memory(model: Any) -> None:

@@ -18,7 +18,7 @@ from .encoder_decoder import EncoderDecoderHost
 from .encoder_step import EncodedHook, encode_segment
 from .layout import Layout
 from .sites import install_sites, replaced_modules
-from .steps import Attachment
+from .steps import Attachment, stand_on
 
 _TOKENS, _SHORT = 7, 4
 
@@ -86,11 +86,8 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
     hooks = [anatomy.stack.register_forward_hook(EncodedHook())]
     if inside:
         switch(base, attentions, {backend: NAMES[backend]})
-    host_class = type(base)
-    attached: Any = base
-    attached.memory = memory
-    attached.mnemic = Attachment(
-        host_class=host_class,
+    attachment = Attachment(
+        host_class=type(base),
         layout=Layout(segment=segment, every=segment, read=memory.num_read_tokens),
         stack=anatomy.stack,
         spans={},
@@ -103,10 +100,7 @@ def install(base: PreTrainedModel, memory: Memory, anatomy: Anatomy, segment: in
         replaced=[(p, p.requires_grad) for m in replaced_modules(memory, sites) for p in m.parameters()],
         hooks=hooks,
     )
-    for parameter, _ in attached.mnemic.replaced:
-        parameter.requires_grad_(False)
-    # The subclass keeps the host's name: configs and checkpoints record it.
-    base.__class__ = type(host_class.__name__, (EncoderDecoderHost, host_class), {"__module__": host_class.__module__})
+    stand_on(base, EncoderDecoderHost, memory, attachment)
 
 
 def check_memory(model: Any) -> None:

@@ -52,6 +52,16 @@ class Attachment:
     step: Callable | None = None
 
 
+def stand_on(base: Any, mixin: type, memory: Memory, attachment: Attachment) -> None:
+    """Make `base` a host with memory: parts, frozen weights, class."""
+    base.memory, base.mnemic = memory, attachment
+    for parameter, _ in attachment.replaced:
+        parameter.requires_grad_(False)
+    own = attachment.host_class
+    # The subclass keeps the host's name: configs and checkpoints record it.
+    base.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__})
+
+
 @dataclass(frozen=True)
 class View:
     """Where one piece stands: columns of its tokens, of the keys they see (all up to `limit`), tokens before it.

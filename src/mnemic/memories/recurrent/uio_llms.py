@@ -35,7 +35,6 @@ from ...core.errors import ConfigError, HostError
 from ...core.memory import HostSpec, Memory, MemoryConfig, Segment, Trace, option
 from ...core.state import State
 from ...core.step import AttentionCall, Host, Step
-from ...ops.attention import with_columns
 from ...ops.rotary import rotate
 
 
@@ -169,20 +168,7 @@ class UIOLLMs(Memory):
         keys, values = (step.read(f"{layer}/{name}").to(call.keys.dtype) for name in ("keys", "values"))
         turned = step.host.rotary(torch.arange(-used, 0, device=there.device)[None] + step.first, layer)
         keys = keys if turned is None else rotate(keys, *turned)
-        there = there[:, None, None]
-        if step.streaming and call.softcap is None and not step.training:
-            return with_columns(
-                call.query, call.keys, call.values, call.mask, keys, values, there, call.scale
-            ).transpose(1, 2)
-        text = call.bool_mask()
-        return call.plain(
-            keys=torch.cat([keys, call.keys], dim=2),
-            values=torch.cat([values, call.values], dim=2),
-            mask=torch.cat(
-                [there.expand(-1, -1, text.shape[2], -1), text.expand(len(there), -1, -1, -1)],
-                dim=3,
-            ),
-        )
+        return call.after(keys, values, there, step)
 
 
 class Adapters(nn.Module):
