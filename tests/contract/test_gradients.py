@@ -100,10 +100,14 @@ def _first_reached(case, truncation):
 
 @pytest.mark.parametrize(
     "truncation",
-    [Truncation("tail", 0), Truncation("tail", 1), Truncation("tail", 2), Truncation("chunk", 1),
-     Truncation("chunk", 2), Truncation("chunk", 3)],
-    ids=lambda t: f"{t.policy}{t.depth}",
-)  # fmt: skip
+    [
+        pytest.param(Truncation(policy, depth), id=f"{policy}{depth}", marks=() if usual else pytest.mark.slow)
+        for policy, depth, usual in [
+            *(("tail", 0, False), ("tail", 1, True), ("tail", 2, False)),
+            *(("chunk", 1, False), ("chunk", 2, True), ("chunk", 3, False)),
+        ]
+    ],
+)
 @pairs(usual_hosts=("llama", "gpt2", "gemma2", "qwen3_moe"))
 def test_truncation_is_exact(case, host, truncation):
     _skip_unless_gradients_flow(case)
