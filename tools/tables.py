@@ -1,6 +1,8 @@
 """Tables for README and docs, by name: systems (built, unbuilt), evaluations (tasks), and numbers under results/."""
 
+import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -185,33 +187,105 @@ def tasks() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def leaderboard(folder: str = "leaderboard") -> str:
+def leaderboard(folder: str = "leaderboard", tasks: str = "", costs: bool = True, text: bool = False) -> str:
     """Score of each model on each task and length, in percent, what it carries, and how fast it is: tokens a second, or
-    where speeds were measured in quiet, times the host without memory in training and decoding."""
+    where speeds were measured in quiet, times the host without memory in training and decoding.
+
+    tasks: a regular expression for the names of those that are shown, all without. text: with perplexities, too.
+    """
     from mnemic.benchmarks.report.board import board
     from mnemic.benchmarks.report.tables import amount, percent, size
+    from mnemic.benchmarks.report.text import MEASURES, shown
+    from mnemic.benchmarks.report.text import text as held_out
 
     results = read(f"{folder}/report.json")
-    made = board(results, read(f"{folder}/costs.json"))
+    for part in ("scores", "grouped"):
+        results[part] = [one for one in results[part] if re.match(tasks, one["task"])]
+    made = board(results, [one for one in read(f"{folder}/costs.json") if re.match(tasks, one["task"])])
+    perplexities = held_out(results) if text else None
     speeds = {m["model"]: m["speeds"] for m in results["models"] if "speeds" in m}
+    heads = [f"{c.task.removeprefix('segment_')} {c.length}" for c in made.columns]
+    last = [" / ".join(map(percent, made.chances[c])) for c in made.columns]
     rows = []
     for name in made.scored:
         scores = [(percent(made.entries[name, c].official.mean), (name, c) in made.best) for c in made.columns]
-        cells = [f"**{score}**" if best else score for score, best in scores]
-        if speeds:
+        rows.append([f"`{name}`", *(f"**{score}**" if best else score for score, best in scores)])
+        if perplexities:
+            for column, measure in itertools.product(perplexities.columns, MEASURES):
+                found = shown(perplexities, name, column, measure)
+                rows[-1].append("–" if found is None else " ".join((found[0], f"({found[1]})")))
+        if costs and speeds:
             fast = [f"{speeds[name][kind]['ratio']:.2f}" for kind in ("train", "decode")]
-        else:
-            fast = [amount(made.costs[name].tokens_per_second)]
-        rows.append([f"`{name}`", *cells, size(made.state_bytes(name)), *fast])
-    chance = [" / ".join(map(percent, made.chances[c])) for c in made.columns]
-    heads = [f"{c.task.removeprefix('segment_')} {c.length}" for c in made.columns]
-    columns = ["training", "decoding"] if speeds else ["tokens/s"]
-    return table(["memory", *heads, "state", *columns], [*rows, ["chance", *chance, "", *([""] * len(columns))]])
+            rows[-1] += [size(made.state_bytes(name)), *fast]
+        elif costs:
+            rows[-1] += [size(made.state_bytes(name)), amount(made.costs[name].tokens_per_second)]
+    if perplexities:
+        heads += list(MEASURES) * len(perplexities.columns)
+    if costs:
+        heads += ["state", *(["training", "decoding"] if speeds else ["tokens/s"])]
+    return table(["memory", *heads], [*rows, ["chance", *last, *[""] * (len(heads) - len(last))]])
 
 
 def recurrent() -> str:
-    """The leaderboard of the recurrent family."""
-    return leaderboard("recurrent")
+    """The leaderboard of the recurrent family: recall, and what it costs."""
+    return leaderboard("recurrent", "segment_mqar")
+
+
+def recurrent_text() -> str:
+    """Values that change, and held-out text."""
+    return leaderboard("recurrent", "rewrite", costs=False, text=True)
+
+
+def recurrent_stories() -> str:
+    """BABILong."""
+    return leaderboard("recurrent", "qa", costs=False)
+
+
+def lm2_claims() -> str:
+    """Each claim of LM2's paper, what it prints, and what the reproduction found."""
+    from mnemic.benchmarks.reproduction.claims import claims
+
+    return claims(_lm2())
+
+
+def lm2_main() -> str:
+    """The main table of the reproduction, in the paper's layout."""
+    return _lm2_board("main")
+
+
+def lm2_design() -> str:
+    """Its ablations: slots, truncation, writes, gates."""
+    return _lm2_board("design")
+
+
+def lm2_margins() -> str:
+    """How much better LM2 is than the others."""
+    from mnemic.benchmarks.reproduction.tables import margin_table
+
+    return margin_table(_lm2() or {"margins": {}})
+
+
+def lm2_blocks() -> str:
+    """Held-out text by the number of blocks with memory."""
+    from mnemic.benchmarks.reproduction.tables import text_table
+
+    found = _lm2()
+    return _NOT_RUN if found is None else text_table(found["text"]["blocks"])
+
+
+_NOT_RUN = "Not run yet."
+
+
+def _lm2() -> Any:
+    """What `mnemic reproduce lm2 --scale cpu` found, or None where it has not been run."""
+    return read("lm2/findings.json") if (ROOT / "lm2" / "findings.json").is_file() else None
+
+
+def _lm2_board(name: str) -> str:
+    from mnemic.benchmarks.reproduction.tables import board_table
+
+    found = _lm2()
+    return _NOT_RUN if found is None else board_table(found["boards"][name])
 
 
 def built() -> str:
@@ -269,7 +343,9 @@ if __name__ == "__main__":
         "demo": demo, "bench": bench, "babilong": babilong, "aligned": aligned, "built": built, "unbuilt": unbuilt,
         "retrieval": retrieval, "replay": replay, "unbiased": unbiased, "babi": babi,
         "babi_transfer": babi_transfer, "tasks": tasks, "babilong_build": babilong_build,
-        "leaderboard": leaderboard, "recurrent": recurrent, "transformer_xl_study": transformer_xl_study,
-        "rmt_1m": rmt_1m,
+        "leaderboard": leaderboard, "recurrent": recurrent, "recurrent_text": recurrent_text,
+        "recurrent_stories": recurrent_stories, "transformer_xl_study": transformer_xl_study,
+        "rmt_1m": rmt_1m, "lm2_claims": lm2_claims, "lm2_main": lm2_main, "lm2_margins": lm2_margins,
+        "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
     }  # fmt: skip
     print(tables[sys.argv[1]]())
