@@ -1,5 +1,7 @@
 """What a memory declares about itself is true, and what it cannot do is refused in words."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 
@@ -139,8 +141,19 @@ def test_deep_copies_and_dtypes(case, host):
     assert all(t.dtype in (torch.bfloat16, torch.float32) for t in cache.state.values() if t.is_floating_point())
 
 
+@lru_cache
+def _attention_is_one(host: str) -> bool:
+    """Whether the plain host computes the same either way: transformers 5.17 takes SDPA for Gemma 2, whose soft cap it
+    then leaves out."""
+    ids = random_ids(1, LENGTH)
+    usual, eager = tiny_host(host)(ids).logits, tiny_host(host, attn_implementation="eager")(ids).logits
+    return torch.allclose(usual, eager, atol=1e-4, rtol=0)
+
+
 @pairs(hosts=("llama", "gemma2", "gpt2"))
 def test_eager_attention_equals_sdpa(case, host):
+    if not _attention_is_one(host):
+        pytest.skip(f"{host}: eager attention and SDPA differ without a memory, too")
     fast, slow = attached(case, host), build(case, host, attn_implementation="eager")
     assert slow.config._attn_implementation in ("eager", "mnemic_eager")
     ids, mask = random_ids(3, LENGTH), torch.ones(3, LENGTH, dtype=torch.long)
