@@ -11,10 +11,11 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from mnemic.analysis.drawing import style
 from mnemic.benchmarks.report import check_plots, page, print_report, save_figures, write_report
 from mnemic.benchmarks.report.board import Column, board, grouped, length_key
 from mnemic.benchmarks.report.charts import _mark, _readable, _ticks
-from mnemic.benchmarks.report.figures import _style, drawings
+from mnemic.benchmarks.report.figures import drawings
 from mnemic.benchmarks.report.tables import scores_csv
 from mnemic.core.errors import ConfigError, InputError, MissingExtraError
 from tests.benchmarks.report_cases import model, realistic, results, score
@@ -298,7 +299,7 @@ def test_many_models_differ_from_each_other_in_the_figures():
     made = board(data, costs)
     marks = {tuple(sorted(_mark(made, name).items())) for name in made.scored}
     assert len(marks) == 40
-    with _style():
+    with style():
         figure = next(drawing for drawing in drawings(data, costs) if drawing.name == "cost").draw()
         (legend,) = figure.legends
         assert {text.get_text() for text in legend.get_texts()} == set(made.means)

@@ -300,3 +300,32 @@ def test_presets():
     assert (reference.name, reference.num_heads) == ("lm2-reference", 4)
     with pytest.raises(mnemic.UnknownNameError, match="'paper'"):
         memory_config("lm2:papr")
+
+
+@pytest.mark.parametrize("gate", ["out", "in", "forget"])
+def test_a_gate_that_is_left_out_is_open_or_keeps_its_retention(gate):
+    """As the whole model whose gate is shut by nothing: a bias of its logit, and weights of zero."""
+    left = tuple(name for name in ("out", "in", "forget") if name != gate)
+    torch.manual_seed(0)
+    whole = mnemic.attach(tiny_host("llama"), "lm2", segment=8, num_slots=8, retention=0.9)
+    torch.manual_seed(0)
+    less = mnemic.attach(tiny_host("llama"), "lm2", segment=8, num_slots=8, retention=0.9, gates=left)
+    names = {name for name, _ in whole.named_parameters()} - {name for name, _ in less.named_parameters()}
+    assert {name.split(".")[1] for name in names} == {f"gate_{gate}", f"bias_{gate}"}
+    weights = {name: weight for name, weight in whole.state_dict().items() if name not in names}
+    less.load_state_dict(weights)
+    with torch.no_grad():
+        for name, weight in whole.named_parameters():
+            if name.startswith(f"memory.gate_{gate}"):
+                weight.zero_()
+        # A bias of 60 is a gate of 1 in float32; that of the forget gate is as it starts.
+        if gate != "forget":
+            getattr(whole.memory, f"bias_{gate}").fill_(60.0)
+    ids = random_ids(2, 20)
+    torch.testing.assert_close(less(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("gates", [("out", "out"), ("write",)])
+def test_unknown_gates(gates):
+    with pytest.raises(ConfigError, match="once each"):
+        mnemic.attach(tiny_host("llama"), "lm2", segment=8, num_slots=8, gates=gates)

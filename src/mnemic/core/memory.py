@@ -5,6 +5,7 @@ remembers: state comes in as an argument and leaves as a result. A memory overri
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,6 +180,21 @@ class Segment:
     start: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class SlotUse:
+    """How one block used the slots of a bank in a segment; B rows, T tokens, N slots.
+
+    bank: the name of the bank, as in `banks`.
+    read: (B, T, N) weights with which each token read the slots, mean over heads; a token's sum to 1.
+    written: (B, T, N) how much of each slot's write came from each token: its share of what was routed there, times
+    the slot's input gate. None where tokens are not told apart.
+    """
+
+    bank: str
+    read: Tensor
+    written: Tensor | None = None
+
+
 class Memory(nn.Module):
     """Base of all memories.
 
@@ -244,6 +260,9 @@ class Memory(nn.Module):
     """On encoders: the token in front of each segment and its memory, [CLS]."""
     closing_token: int | None = None
     """On encoders: the token behind each segment, and behind its memory tokens, [SEP]."""
+    slot_dims: Mapping[str, int] = {}
+    """Tensors of the state that are banks of slots: name -> the dimension that counts slots. Those between it and the
+    batch count banks, the others are of one slot."""
     companion: Any = None
     """A second language model that reads the same tokens, for `logits` (`Step.companion_logits`)."""
 
@@ -412,3 +431,19 @@ class Memory(nn.Module):
     def diagnostics(self, state: State, segment: Segment) -> dict[str, Tensor]:
         """Named scalars per block that tell a living memory from a dead one; empty where there is nothing to tell."""
         return {}
+
+    def slot_use(self, state: State, segment: Segment) -> dict[int, SlotUse]:
+        """By block, how the tokens of a segment read the slots of the state that it began with, and how they are
+        written to. A memory that overrides it applies `Step.slot_factors` in its read."""
+        return {}
+
+    def banks(self, state: State) -> dict[str, Tensor]:
+        """The slots of a state, (B, N, width) by the name of the bank: that of the tensor, or "<tensor>/<number>" where
+        it has several; see `slot_dims`."""
+        found: dict[str, Tensor] = {}
+        for name, dim in self.slot_dims.items():
+            slots = state[name]
+            sizes = slots.shape[0], math.prod(slots.shape[1:dim]), slots.shape[dim], math.prod(slots.shape[dim + 1 :])
+            several = slots.reshape(sizes).unbind(1)
+            found |= {name if dim == 1 else f"{name}/{i}": one for i, one in enumerate(several)}
+        return found

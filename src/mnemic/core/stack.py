@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .memory import HostKind, HostSpec, Memory, MemoryConfig, Segment, Site, Trace
+from .memory import HostKind, HostSpec, Memory, MemoryConfig, Segment, Site, SlotUse, Trace
 from .state import State
 from .step import AttentionCall, Host, Step
 
@@ -183,6 +183,18 @@ class Stack(Memory):
     def diagnostics(self, state: State, segment: Segment) -> dict[str, Tensor]:
         found = {n: m.diagnostics(self._part(n, state), self._segment(n, segment)) for n, m in self.members.items()}
         return {f"{n}/{key}": t for n, part in found.items() for key, t in part.items()}
+
+    @property
+    def slot_dims(self) -> Mapping[str, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return {f"{n}/{name}": dim for n, m in self.members.items() for name, dim in m.slot_dims.items()}
+
+    def slot_use(self, state: State, segment: Segment) -> dict[int, SlotUse]:
+        """Of each block by the first memory that reads slots there."""
+        found: dict[int, SlotUse] = {}
+        for name, member in self.members.items():
+            own = member.slot_use(self._part(name, state), self._segment(name, segment))
+            found = {i: replace(use, bank=f"{name}/{use.bank}") for i, use in own.items()} | found
+        return found
 
     # Sites
 

@@ -67,6 +67,7 @@ class Frame:
     columns: the open segment's store of features; None where nothing is kept from call to call.
     buffers: tensors (B, ...) that the stream owns and the memory may change in place; None where there is no stream.
     writing: this is the second pass of a memory with `write_pass`. diagnosing: `Memory.diagnostics` will be asked.
+    slot_factors: see `Step.slot_factors`, by the bank's name; empty but in analysis.
     attending: the layer whose attention runs, for hosts whose attention modules do not know theirs.
 
     What the step leaves: trace, written_trace (by layer, for `commit`), left (state), notes (for layers above), losses,
@@ -92,6 +93,7 @@ class Frame:
     writing: bool = False
     training: bool = False
     diagnosing: bool = False
+    slot_factors: Mapping[str, Tensor] = field(default_factory=dict)
     companion_logits: Tensor | None = None
     trace: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     written_trace: dict[int, dict[str, Tensor]] = field(default_factory=dict)
@@ -217,6 +219,11 @@ class Step:
     def running(self, name: str) -> Tensor:
         """This layer's tensor `name` of the state; in the state it is called "<layer>/<name>"."""
         return self.state(f"{self.layer}/{name}")
+
+    def slot_factors(self, bank: str) -> Tensor | None:
+        """Factors (B, N) on the odds with which tokens read the slots of a bank, or None for 1; a memory with
+        `slot_use` applies them in its read."""
+        return self.frame.slot_factors.get(self.scope + bank) if self.frame.slot_factors else None
 
     def note(self, name: str, layer: int) -> Tensor | None:
         """What `layer` noted in this step, or None."""

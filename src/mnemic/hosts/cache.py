@@ -4,13 +4,14 @@
 `SegmentKV`, a view of the open segment's keys and values at the rows' own columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..core.errors import InputError, UnsupportedError
+from ..core.memory import Segment
 from ..core.state import Rows, State
 from .attention import routed
 from .frame import current
@@ -95,6 +96,8 @@ class MemoryCache(Cache):
     buffers: tensors (B, ...) that the memory changes in place.
     finished: (B,) bool on the CPU: rows that take no more tokens (ended during generation).
     last_logits: (B, vocabulary) of each row's last token; lets generation start without a prompt.
+    watch: called at each commit with the state before it, what happened in the segment, the state after it, and the
+    memory's diagnostics. slot_factors: see `Step.slot_factors`. Both are for analysis, and no copy has them.
     """
 
     def __init__(self, layout: Layout):
@@ -111,6 +114,8 @@ class MemoryCache(Cache):
         self.last_logits: Tensor | None = None
         self.columns_given = 0
         self.replay = False
+        self.watch: Callable[[State, Segment, State, dict[str, Tensor]], object] | None = None
+        self.slot_factors: dict[str, Tensor] = {}
 
     def start(self, state: State, batch_size: int) -> None:
         self.state = state
@@ -175,6 +180,7 @@ class MemoryCache(Cache):
         # Picking rows copies every tensor already.
         twin = MemoryCache(self.layout)
         twin.__dict__.update(self.__dict__)
+        twin.watch, twin.slot_factors = None, {}
         twin._select(rows)
         return twin
 
@@ -182,6 +188,7 @@ class MemoryCache(Cache):
         """An independent copy; nothing it reads changes this one."""
         twin = MemoryCache(self.layout)
         twin.__dict__.update(self.__dict__)
+        twin.watch, twin.slot_factors = None, {}
         twin.keys_values = {i: kv.map(Tensor.clone) for i, kv in self.keys_values.items()}
         twin.trace = {i: t.clone() for i, t in self.trace.items()}
         twin.features = {n: t.clone() for n, t in self.features.items()}

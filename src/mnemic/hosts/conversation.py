@@ -12,9 +12,8 @@ from ..core.files import MAX_BYTES, read_file, write_file
 from ..core.state import State
 from .attach import base_model
 from .encoder_decoder import EncodedTurn, EncoderDecoderHost
-from .fingerprint import fingerprint
 from .reading import Ids, Inputs, Text
-from .saving import check_owner, describe
+from .saving import check_owner, identity_of
 
 
 class Conversation(Inputs):
@@ -110,8 +109,8 @@ class Conversation(Inputs):
         Raises:
             InputError: the file cannot be written.
         """
-        header = {**describe(self.base), "memory_fingerprint": fingerprint(self.base, "memory")}
-        write_file(path, self._kind, {**header, "turns": self._turns.tolist()}, dict(self.state))
+        header = {**identity_of(self.base), "turns": self._turns.tolist()}
+        write_file(path, self._kind, header, dict(self.state))
 
     @classmethod
     def load(

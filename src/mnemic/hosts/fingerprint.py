@@ -44,13 +44,18 @@ def fingerprint(model: nn.Module, part: str, weights: Mapping[str, torch.Tensor]
     return {"structure": structure.hexdigest(), "sample": sample}
 
 
-def check_fingerprint(model: nn.Module, part: str, stored: Any, what: str) -> None:
-    """Raises `StateError` unless `stored` is the fingerprint of this model's `part`; `what` names the file."""
+def check_fingerprint(
+    model: nn.Module, part: str, stored: Any, what: str, mine: Mapping[str, Any] | None = None
+) -> None:
+    """Raises `StateError` unless `stored` is the fingerprint of this model's `part`; `what` names the file.
+
+    mine: the model's own, where it is known.
+    """
     try:
         structure, sample = stored["structure"], torch.tensor(stored["sample"], dtype=torch.float64)
     except (TypeError, KeyError, ValueError) as error:
         raise StateError(f"{what} carries no fingerprint of its {part}; it cannot be matched to this model.") from error
-    mine = fingerprint(model, part)
+    mine = fingerprint(model, part) if mine is None else mine
     if structure != mine["structure"]:
         raise StateError(
             f"{what} belongs to a {part} of another architecture or width; load it with the one it came from."

@@ -119,7 +119,7 @@ class MemoryHost(SavedWithMemory, MemorySteps):
             carried=carried,
             truncation=truncation,
             checkpointing=self._checkpointing(),
-            diagnosing=memory_diagnostics,
+            diagnosing=memory_diagnostics or cache.watch is not None,
             total=-(-(cache.open % layout.every + aligned.lengths) // layout.every),
             offset=torch.zeros_like(aligned.lengths),
             commits=torch.zeros_like(aligned.lengths),
@@ -203,6 +203,8 @@ class MemoryHost(SavedWithMemory, MemorySteps):
             if found is not None:
                 with torch.no_grad():
                     found.append(self.memory.diagnostics(before, segment))
+                if cache.watch is not None:
+                    cache.watch(before, segment, after, found[-1])
             cache.state = after if everyone else cache.state.put(rows, after)
             cache.reads = None
         if bool(piece.ended.any()):

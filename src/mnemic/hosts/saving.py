@@ -94,8 +94,7 @@ def save_state(model: Any, state: State, path: str | os.PathLike) -> None:
     base = base_model(model)
     if not is_attached(base):
         raise HostError(f"{type(base).__name__} has no memory, so no state belongs to it.")
-    header = {**describe(base), "memory_fingerprint": fingerprint(base, "memory")}
-    write_file(path, "state", header, dict(state))
+    write_file(path, "state", identity_of(base), dict(state))
 
 
 def load_state(model: Any, path: str | os.PathLike) -> State:
@@ -113,8 +112,21 @@ def load_state(model: Any, path: str | os.PathLike) -> State:
     return state
 
 
-def check_owner(base: Any, header: dict[str, Any], what: str) -> None:
-    """Raises `StateError` unless a stream or state was written with this model's memory, host and weights."""
+def identity_of(model: Any) -> dict[str, Any]:
+    """What the header of a stream or state holds of its model: description and fingerprints, as JSON has them.
+
+    Reading weights from all over the model takes longer than a small stream does. Where the weights do not change
+    meanwhile, one identity serves many streams: `Stream.to_bytes`, `Stream.from_bytes`.
+    """
+    base = base_model(model)
+    return json.loads(json.dumps({**describe(base), "memory_fingerprint": fingerprint(base, "memory")}))
+
+
+def check_owner(base: Any, header: dict[str, Any], what: str, identity: Mapping[str, Any] | None = None) -> None:
+    """Raises `StateError` unless a stream or state was written with this model's memory, host and weights.
+
+    identity: the model's, where it is known; see `identity_of`.
+    """
     # As the header holds it: JSON has no tuples.
     mine, theirs = json.loads(json.dumps(base.memory.config.to_dict())), header["memory"]
     if theirs != mine:
@@ -123,8 +135,11 @@ def check_owner(base: Any, header: dict[str, Any], what: str) -> None:
         raise StateError(f"{what} was written with another memory ({detail}).")
     if header["segment"] != base.mnemic.layout.segment:
         raise StateError(f"{what} has segments of {header['segment']} tokens, this model {base.mnemic.layout.segment}.")
-    check_fingerprint(base, "host", header["host"]["fingerprint"], what)
-    check_fingerprint(base, "memory", header["memory_fingerprint"], what)
+    host, memory = (
+        (None, None) if identity is None else (identity["host"]["fingerprint"], identity["memory_fingerprint"])
+    )
+    check_fingerprint(base, "host", header["host"]["fingerprint"], what, host)
+    check_fingerprint(base, "memory", header["memory_fingerprint"], what, memory)
 
 
 def describe(base: Any, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:

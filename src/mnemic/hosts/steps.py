@@ -281,6 +281,7 @@ class MemorySteps(MemoryGeneration):
             columns=kv,
             buffers=None if kv is None else cache.buffers,
             training=self.training,
+            slot_factors=cache.slot_factors,
         )
         if self.memory.uses("fetch"):
             frame.reads = {**frame.reads, **self.memory.fetch(cache.state, tokens, frame.at(-1))}

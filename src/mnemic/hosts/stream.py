@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from ..core.files import MAX_BYTES, from_bytes, read_file, to_bytes, write_file
 from ..core.state import Rows, State
 from .attach import base_model
 from .cache import KeyValues, MemoryCache
-from .fingerprint import fingerprint
 from .host import MemoryHost
 from .reading import Ids, Inputs, Text
-from .saving import check_owner, describe
+from .saving import check_owner, identity_of
 
 _SEGMENTS_PER_CALL = 16
 
@@ -238,15 +237,18 @@ class Stream(Inputs):
             StateError: it belongs to another memory, host, or weights.
         """
         header, tensors = read_file(path, "stream", max_bytes=max_bytes)
-        return cls._of(model, header, tensors, f"The stream {path}", tokenizer)
+        return cls._of(model, header, tensors, f"The stream {path}", tokenizer, None)
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, *, identity: Mapping[str, Any] | None = None) -> bytes:
         """The content of the file that `save` writes, for stores of one's own.
+
+        Args:
+            identity: of the model (`identity_of`), where its weights have not changed since it was taken.
 
         Raises:
             InputError: nothing was read yet.
         """
-        return to_bytes("stream", self._header(), self._tensors())
+        return to_bytes("stream", self._header(identity), self._tensors())
 
     @classmethod
     def from_bytes(
@@ -257,18 +259,30 @@ class Stream(Inputs):
         tokenizer: Any = None,
         max_bytes: int = MAX_BYTES,
         what: str = "The stream",
+        identity: Mapping[str, Any] | None = None,
     ) -> "Stream":
-        """Read what `to_bytes` made, or a saved stream's content; `what` names it in errors. Raises as `load`."""
+        """Read what `to_bytes` made, or a saved stream's content; `what` names it in errors. Raises as `load`.
+
+        identity: see `to_bytes`.
+        """
         header, tensors = from_bytes(data, "stream", what=what, max_bytes=max_bytes)
-        return cls._of(model, header, tensors, what, tokenizer)
+        return cls._of(model, header, tensors, what, tokenizer, identity)
 
     # Inside
 
     @classmethod
-    def _of(cls, model: Any, header: dict[str, Any], tensors: dict[str, Tensor], what: str, tokenizer: Any) -> "Stream":
+    def _of(
+        cls,
+        model: Any,
+        header: dict[str, Any],
+        tensors: dict[str, Tensor],
+        what: str,
+        tokenizer: Any,
+        identity: Mapping[str, Any] | None,
+    ) -> "Stream":
         base: MemoryHost = base_model(model)
         try:
-            check_owner(base, header, what)
+            check_owner(base, header, what, identity)
             stream = cls(model, len(header["open"]), tokenizer=tokenizer)
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise FileFormatError(f"{what} is incomplete or inconsistent ({error}); restore it from a copy.") from error
@@ -305,13 +319,9 @@ class Stream(Inputs):
             cache.start(self.base.memory.initial_state(self.batch_size).clone(), self.batch_size)
         return cache
 
-    def _header(self) -> dict[str, Any]:
-        return {
-            **describe(self.base),
-            "memory_fingerprint": fingerprint(self.base, "memory"),
-            "open": self.cache.open.tolist(),
-            "seen": self.cache.seen.tolist(),
-        }
+    def _header(self, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        identity = identity_of(self.base) if identity is None else identity
+        return {**identity, "open": self.cache.open.tolist(), "seen": self.cache.seen.tolist()}
 
     def _restore(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         cache, layout, rows = self.cache, self.cache.layout, self.batch_size

@@ -24,24 +24,31 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-2, -3).flatten(-2)
 
 
-def read(query: Tensor, keys: Tensor, values: Tensor, top_k: int | None = None) -> Tensor:
+def read(
+    query: Tensor, keys: Tensor, values: Tensor, top_k: int | None = None, factors: Tensor | None = None
+) -> Tensor:
     """softmax(S) V over the slots, heads concatenated.
 
     Args:
         query: (B, T, d). keys, values: (B, h, N, e).
         top_k: keep the k largest scores of each token, the others get no weight.
+        factors: (B, N), at least 0, on the odds of each slot: S + log F. 0 leaves the slot out; every row needs one
+            above it.
 
     Returns: (B, T, d).
     """
     q = split_heads(query, keys.shape[1])
     if top_k is None or top_k >= keys.shape[-2]:
-        return merge_heads(F.scaled_dot_product_attention(q, keys, values))
-    return merge_heads(attention_weights(q, keys, top_k) @ values)
+        bias = None if factors is None else factors.log().to(q.dtype)[:, None, None]
+        return merge_heads(F.scaled_dot_product_attention(q, keys, values, attn_mask=bias))
+    return merge_heads(attention_weights(q, keys, top_k, factors) @ values)
 
 
-def attention_weights(q: Tensor, keys: Tensor, top_k: int | None = None) -> Tensor:
-    """Softmax over slots of the scores, (B, h, T, N); q (B, h, T, e), keys (B, h, N, e)."""
+def attention_weights(q: Tensor, keys: Tensor, top_k: int | None = None, factors: Tensor | None = None) -> Tensor:
+    """Softmax over slots of the scores, (B, h, T, N); q (B, h, T, e), keys (B, h, N, e), factors as in `read`."""
     scores = q @ keys.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if factors is not None:
+        scores = scores + factors.log().to(q.dtype)[:, None, None]
     if top_k is not None and top_k < scores.shape[-1]:
         kept = scores.topk(top_k, dim=-1)
         scores = torch.full_like(scores, float("-inf")).scatter(-1, kept.indices, kept.values)
@@ -92,6 +99,28 @@ def route(
         moved = (weights @ stacked) / received.masked_fill(empty, 1.0)
         mass = received.squeeze(-1).mean(1)
     return tuple(merge_heads(part) for part in moved.chunk(len(contents), dim=-1)), mass
+
+
+def routing_weights(
+    query: Tensor, keys: Tensor, how: Route = "softmax", mask: Tensor | None = None, top_k: int | None = None
+) -> Tensor:
+    """The weights with which `route` brings tokens to slots, (B, h, N, T); a slot's sum to 1, or to 0 where nothing
+    addresses it."""
+    num_heads, num_slots = keys.shape[1], keys.shape[-2]
+    if how == "identity":
+        return torch.eye(num_slots, dtype=keys.dtype, device=keys.device).expand(len(keys), num_heads, -1, -1)
+    q = split_heads(query, num_heads)
+    if how == "softmax":
+        scores = keys @ q.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+        return scores.softmax(dim=-1)
+    weights = attention_weights(q, keys, top_k).transpose(-1, -2)
+    if mask is not None:
+        weights = weights * mask[:, None, None]
+    received = weights.sum(-1, keepdim=True)
+    empty = received <= torch.finfo(weights.dtype).tiny ** 0.5
+    return weights / received.masked_fill(empty, 1.0)
 
 
 def naive_scores(query: Tensor, keys: Tensor) -> Tensor:

@@ -25,9 +25,8 @@ from ..core.errors import ConfigError, InputError
 from ..core.state import State
 from ..hosts.attach import base_model, is_attached
 from ..hosts.cache import MemoryCache
-from ..hosts.fingerprint import fingerprint
 from ..hosts.frame import running
-from ..hosts.saving import check_owner, describe
+from ..hosts.saving import check_owner, identity_of
 from ..hosts.segments import next_piece
 from ..memories.recurrent.r3mem import R3Mem
 from ..store.memory_archive import Entry, MemoryArchive
@@ -161,7 +160,7 @@ def remember(model: Any, archive: MemoryArchive, input_ids: Tensor, level: str, 
     if archive.owner:
         check_owner(base, archive.owner, "The archive")
     else:
-        archive.owner = {**describe(base), "memory_fingerprint": fingerprint(base, "memory")}
+        archive.owner = identity_of(base)
     added, segment = [], base.mnemic.layout.segment
     for i, memory in enumerate(compress(base, input_ids)):
         first = start + i * segment

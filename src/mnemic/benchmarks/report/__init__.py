@@ -10,7 +10,8 @@ train_seed and seed.
 - costs, measured, so never twice the same: a run with seconds, tokens_per_second, peak_bytes.
 """
 
-from .figures import check_plots, save_figures
+from ...analysis.drawing import check_plots
+from .figures import save_figures
 from .page import page
 from .tables import print_report
 from .writing import write_report

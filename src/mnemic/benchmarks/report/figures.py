@@ -1,38 +1,13 @@
 """Figures of an evaluation: heat maps, curves by distance, accuracy against cost. Equal data give equal files."""
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from ...core.errors import ConfigError, MissingExtraError
-from ...core.files import replace_atomically
+from ...analysis.drawing import Drawing, check_plots, check_suffix, save_drawings
 from .board import Board, Column, Data, board, grouped, length_key, weighted
 from .charts import STATE, curves, heat_maps, scatter
 
 _MOST_ROWS = 40
-_SUFFIXES = (".pdf", ".png", ".svg")
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure, not drawn yet. section: its heading on the page. draw: makes the matplotlib figure."""
-
-    name: str
-    section: str
-    title: str
-    caption: str
-    draw: Callable[[], Any]
-
-
-def check_plots() -> None:
-    """Raises `MissingExtraError` where figures cannot be drawn; better before an evaluation than after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("Figures need matplotlib: pip install 'mnemic[plots]'.") from error
 
 
 def drawings(results: Data, costs: Sequence[Data]) -> list[Drawing]:
@@ -52,41 +27,8 @@ def save_figures(results: Data, costs: Sequence[Data], folder: str | Path, suffi
     Raises:
         ConfigError: another suffix. InputError: see `board`. MissingExtraError: no matplotlib.
     """
-    if suffix not in _SUFFIXES:
-        raise ConfigError(f"suffix = {suffix!r}; expected {', '.join(_SUFFIXES)}.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
-    for drawing in drawings(results, costs):
-        name = re.sub(r"[^\w.-]+", "-", drawing.name)
-        while (path := folder / f"{name}{suffix}") in paths:
-            name += "-2"
-        paths.append(path)
-        replace_atomically(path, lambda temporary, drawing=drawing: save(drawing, temporary, suffix[1:]))
-    return paths
-
-
-def save(drawing: Drawing, target: Any, kind: str) -> None:
-    """Draw into a path or a binary file; kind: "png", "pdf" or "svg"."""
-    dates: dict[str, dict[str, Any]] = {
-        "pdf": {"CreationDate": None},
-        "svg": dict.fromkeys(("Date", "Creator", "Format", "Type")),
-    }
-    with _style():
-        drawing.draw().savefig(target, format=kind, dpi=200, metadata=dates.get(kind))
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """matplotlib's defaults, whatever the user's are; text is text in SVG, and a dollar in a name is no formula."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {"svg.fonttype": "none", "svg.hashsalt": "mnemic", "text.parse_math": False, "font.size": 8}
-        )
-        yield
+    check_suffix(suffix)
+    return save_drawings(drawings(results, costs), folder, suffix)
 
 
 def _task_maps(made: Board) -> Iterator[Drawing]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ...analysis.drawing import check_plots
+from ...analysis.svg import STYLE_FOLDER, inline
 from .board import Board, Data, board
-from .figures import check_plots, drawings
-from .svg import inline
+from .figures import drawings
 from .tables import amount, facts, fixed, legend, percent, size, speeds_legend, spread
 from .text import LEGEND, MEASURES, shown, text
 
@@ -28,7 +29,7 @@ def page(results: Data, costs: Sequence[Data]) -> str:
         (drawing, inline(drawing, f"figure{number}-")) for number, drawing in enumerate(drawings(results, costs), 1)
     ]
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([Path(__file__).parent, STYLE_FOLDER]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

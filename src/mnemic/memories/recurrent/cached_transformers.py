@@ -61,6 +61,7 @@ class CachedTransformers(Memory):
     config_class = CachedTransformersConfig
     paper = "Cached Transformers: Improving Transformers with Differentiable Memory Cache (2023, arXiv 2312.12742)"
     state_size = "L * cache_length * ratio * d"
+    slot_dims = {"cache": 2}
     config: CachedTransformersConfig
 
     def __init__(self, config: CachedTransformersConfig, host: HostSpec):

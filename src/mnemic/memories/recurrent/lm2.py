@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError
-from ...core.memory import HostSpec, Memory, MemoryConfig, Segment, Trace, option
+from ...core.memory import HostSpec, Memory, MemoryConfig, Segment, SlotUse, Trace, option
 from ...core.state import State
 from ...core.step import Host, Step
 from ...ops import slot_bank
@@ -81,6 +81,10 @@ class LM2Config(MemoryConfig):
     )
     update_every: int | None = option(None, "write after so many tokens instead of once a segment", minimum=1)
     identity_start: bool = option(False, "learned scale of the memory's part, from 0: the host is unchanged at first")
+    gates: tuple = option(
+        ("out", "in", "forget"),
+        "gates that there are; without, reads and writes are open (1) and a bank keeps `retention`",
+    )
     rank: int | None = option(None, "rank of the weight matrices, or None for full", minimum=1)
 
     @classmethod
@@ -94,6 +98,9 @@ class LM2Config(MemoryConfig):
     def validate(self) -> None:
         if isinstance(self.retention, int | float) and not 0 < self.retention < 1:
             raise ConfigError(f"lm2: retention = {self.retention}, expected more than 0 and less than 1.")
+        unknown = [name for name in self.gates if name not in ("out", "in", "forget")]
+        if unknown or len(set(self.gates)) < len(self.gates):
+            raise ConfigError(f"lm2: gates = {list(self.gates)}, expected some of 'out', 'in' and 'forget', once each.")
         if self.route == "identity" and self.update_every is not None:
             raise ConfigError("lm2: identity routing needs one slot per token of a segment; leave update_every unset.")
 
@@ -103,6 +110,7 @@ class LM2(Memory):
     config_class = LM2Config
     paper = "LM2: Large Memory Models (2025, arXiv 2502.06049)"
     state_size = "num_slots * d"
+    slot_dims = {"bank": 2}
     config: LM2Config
 
     def __init__(self, config: LM2Config, host: HostSpec):
@@ -119,11 +127,13 @@ class LM2(Memory):
         self._index = {layer: i for i, layer in enumerate(self.layers)}
         linear = lambda: BlockLinear(blocks, width, config.rank, std=width**-0.5, **factory)  # noqa: E731 - seven of a kind
         self.query, self.key, self.value = linear(), linear(), linear()
-        self.gate_out, self.gate_in, self.gate_forget = linear(), linear(), linear()
+        gates = ("out", "in", "forget")
+        self.gate_out, self.gate_in, self.gate_forget = (linear() if g in config.gates else None for g in gates)
         self.content = linear() if config.content_write else None
-        self.bias_out = nn.Parameter(torch.zeros(blocks, width, **factory))
-        self.bias_in = nn.Parameter(torch.full((blocks, width), config.input_bias, **factory))
-        self.bias_forget = nn.Parameter(torch.full((blocks, width), self._forget_bias(), **factory))
+        bias = lambda gate, value: nn.Parameter(torch.full((blocks, width), value, **factory)) if gate else None  # noqa: E731
+        self.bias_out = bias(self.gate_out, 0.0)
+        self.bias_in = bias(self.gate_in, config.input_bias)
+        self.bias_forget = bias(self.gate_forget, self._forget_bias())
         self.query_norm = nn.Parameter(torch.ones(blocks, width, **factory)) if config.norm else None
         self.slot_norm = nn.Parameter(torch.ones(blocks, width, **factory)) if config.norm else None
         self.alpha = nn.Parameter(torch.zeros(blocks, **factory)) if config.identity_start else None
@@ -186,8 +196,9 @@ class LM2(Memory):
         i = self._index[step.layer]
         tokens = x if self.config.query_source == "attention" else source
         query = self.query(self._normed(tokens, self.query_norm, i), i)
-        read = slot_bank.read(query, step.read(f"{i}/keys"), step.read(f"{i}/values"), self.config.top_k)
-        part = torch.sigmoid(self.gate_out(read, i) + self.bias_out[i]) * read
+        factors = step.slot_factors(f"bank/{self._bank_of(i)}")
+        read = slot_bank.read(query, step.read(f"{i}/keys"), step.read(f"{i}/values"), self.config.top_k, factors)
+        part = self._gate(self.gate_out, self.bias_out, read, i) * read
         if self.alpha is not None:
             part = self.alpha[i] * part
         step.keep(tokens=tokens, query=query, read=read)
@@ -199,7 +210,7 @@ class LM2(Memory):
         banks = list(state["bank"].unbind(1))
         reads = self.prepare(state) if self.config.write_scores == "read" else {}
         for layer, i in self._index.items():
-            bank = i if self.config.memory_scope == "per_layer" else 0
+            bank = self._bank_of(i)
             given = reads.get(f"{i}/keys")
             banks[bank], _ = self._write(banks[bank], i, segment.trace[layer], segment.mask, given)
         return State({"bank": torch.stack(banks, dim=1)})
@@ -209,34 +220,63 @@ class LM2(Memory):
         found: dict[str, Tensor] = {}
         banks, reads = list(state["bank"].unbind(1)), self.prepare(state)
         for layer, i in self._index.items():
-            bank = i if self.config.memory_scope == "per_layer" else 0
+            bank = self._bank_of(i)
             trace = segment.trace[layer]
             given = reads[f"{i}/keys"] if self.config.write_scores == "read" else None
             banks[bank], gates = self._write(banks[bank], i, trace, segment.mask, given)
             query = slot_bank.split_heads(trace["query"], self.config.num_heads)
             weights = slot_bank.attention_weights(query, reads[f"{i}/keys"], self.config.top_k)
             entropy = torch.special.entr(weights).sum(-1).mean() / max(math.log(self.config.num_slots), 1e-9)
-            gate_out = torch.sigmoid(self.gate_out(trace["read"], i) + self.bias_out[i])
+            gate_out = self._gate(self.gate_out, self.bias_out, trace["read"], i)
             block = {**gates, "gate_out": gate_out, "slot_entropy": entropy, "bank_norm": banks[bank].norm(dim=-1)}
             found.update({f"block{layer}/{name}": value.detach().float().mean() for name, value in block.items()})
         return found
+
+    def slot_use(self, state: State, segment: Segment) -> dict[int, SlotUse]:
+        found: dict[int, SlotUse] = {}
+        banks, reads = list(state["bank"].unbind(1)), self.prepare(state)
+        for layer, i in self._index.items():
+            bank, trace, config = self._bank_of(i), segment.trace[layer], self.config
+            query, keys = trace["query"], reads[f"{i}/keys"]
+            read = slot_bank.attention_weights(slot_bank.split_heads(query, config.num_heads), keys, config.top_k)
+            keys = keys if config.write_scores == "read" else self._keys(banks[bank], i)
+            written = None
+            if config.route != "identity" or query.shape[1] == config.num_slots:
+                routed = slot_bank.routing_weights(query, keys, config.route, segment.mask, config.top_k)
+                banks[bank], gates = self._write(banks[bank], i, trace, segment.mask, keys)
+                written = (routed.mean(1) * gates["gate_in"].mean(-1, keepdim=True)).mT
+            found[layer] = SlotUse(f"bank/{bank}", read.mean(1), written)
+        return found
+
+    def _bank_of(self, i: int) -> int:
+        return i if self.config.memory_scope == "per_layer" else 0
+
+    def _keys(self, bank: Tensor, i: int) -> Tensor:
+        """Keys (B, h, N, e) of a bank (B, N, d) for block i."""
+        return slot_bank.split_heads(self.key(self._normed(bank, self.slot_norm, i), i), self.config.num_heads)
 
     def _write(
         self, bank: Tensor, i: int, trace: Trace, mask: Tensor | None, keys: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The bank (B, N, d) after block i has written, and its gates."""
         if keys is None:
-            keys = slot_bank.split_heads(self.key(self._normed(bank, self.slot_norm, i), i), self.config.num_heads)
+            keys = self._keys(bank, i)
         (tokens, memory), mass = slot_bank.route(
             trace["query"], keys, (trace["tokens"], trace["read"]), self.config.route, mask, self.config.top_k
         )
-        gate_in = torch.sigmoid(self.gate_in(tokens, i) + self.bias_in[i])
-        gate_forget = torch.sigmoid(self.gate_forget(memory, i) + self.bias_forget[i])
+        gate_in = self._gate(self.gate_in, self.bias_in, tokens, i)
+        kept = 1 / (1 + math.exp(-self._forget_bias()))
+        gate_forget = self._gate(self.gate_forget, self.bias_forget, memory, i, without=kept)
         if mass is not None:
             gate_in = gate_in * mass.clamp_max(1).unsqueeze(-1)
         content = memory if self.content is None else memory + self.content(tokens, i)
         written = gate_in * torch.tanh(content) + gate_forget * bank
         return written, {"gate_in": gate_in, "gate_forget": gate_forget}
+
+    @staticmethod
+    def _gate(linear: Any, bias: Any, x: Tensor, i: int, without: float = 1.0) -> Tensor:
+        """Of block i, the shape of `x`; where there is no such gate it is `without`."""
+        return torch.full_like(x, without) if linear is None else torch.sigmoid(linear(x, i) + bias[i])
 
     def _project(self, banks: Tensor, weights: Tensor) -> Tensor:
         """(B, banks, N, d) through each block's matrix (blocks, d, d) -> (B, blocks, N, d)."""

@@ -102,6 +102,7 @@ class LM2Reference(Memory):
     config_class = LM2ReferenceConfig
     paper = "LM2: Large Memory Models (2025, arXiv 2502.06049), the released code's variant"
     state_size = "d * d"
+    slot_dims = {"bank": 1}
     whole_segments = True
     config: LM2ReferenceConfig
     first_slots: Tensor

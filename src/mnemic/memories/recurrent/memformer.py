@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError
-from ...core.memory import HostKind, HostSpec, Memory, MemoryConfig, Segment, option
+from ...core.memory import HostKind, HostSpec, Memory, MemoryConfig, Segment, SlotUse, option
 from ...core.state import State
 from ...core.step import Host, Step
 from ...ops import slot_bank
@@ -66,6 +66,7 @@ class Memformer(Memory):
     config_class = MemformerConfig
     paper = "Memformer: A Memory-Augmented Transformer for Sequence Modeling (2020, arXiv 2010.06891)"
     state_size = "num_slots * d"
+    slot_dims = {"slots": 1}
     hosts: ClassVar[frozenset[HostKind]] = frozenset({"decoder", "encoder", "encoder-decoder"})
     config: MemformerConfig
 
@@ -107,7 +108,10 @@ class Memformer(Memory):
     def residual(self, x: Tensor, source: Tensor, step: Step) -> Tensor:
         layer = step.layer
         keys, values = step.read(f"{layer}/keys"), step.read(f"{layer}/values")
-        part = self.out(slot_bank.read(self.query(source, layer), keys, values), layer)
+        query = self.query(source, layer)
+        if step.diagnosing:
+            step.keep(query=query)
+        part = self.out(slot_bank.read(query, keys, values, factors=step.slot_factors("slots")), layer)
         return x + (part if self.alpha is None else self.alpha[layer] * part)
 
     def after_layer(self, x: Tensor, step: Step) -> Tensor:
@@ -124,6 +128,13 @@ class Memformer(Memory):
         turned = 1 - (slots * state["slots"]).sum(-1)
         last = f"block{self.layers[-1]}"
         return {f"{last}/kept": kept.detach().float().mean(), f"{last}/turned": turned.detach().float().mean()}
+
+    def slot_use(self, state: State, segment: Segment) -> dict[int, SlotUse]:
+        reads, found = self.prepare(state), {}
+        for layer in self.layers:
+            query = slot_bank.split_heads(segment.trace[layer]["query"], self.config.num_heads)
+            found[layer] = SlotUse("slots", slot_bank.attention_weights(query, reads[f"{layer}/keys"]).mean(1))
+        return found
 
     def _committed(self, state: State, segment: Segment) -> tuple[Tensor, Tensor]:
         return self.written(state["slots"], segment.trace[self.layers[-1]]["tokens"], segment.mask)

@@ -48,6 +48,7 @@ class R3Mem(Memory):
     config_class = R3MemConfig
     paper = "R3Mem: Bridging Memory Retention and Retrieval via Reversible Compression (2025, arXiv 2502.15957)"
     state_size = "num_tokens * d"
+    slot_dims = {"memory": 1}
     bidirectional_tokens = True
     config: R3MemConfig
 

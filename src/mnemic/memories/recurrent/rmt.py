@@ -34,6 +34,7 @@ class RMT(Memory):
     config_class = RMTConfig
     paper = "Recurrent Memory Transformer (2022, arXiv 2207.06881)"
     state_size = "num_tokens * d"
+    slot_dims = {"memory": 1}
     config: RMTConfig
 
     def __init__(self, config: RMTConfig, host: HostSpec):

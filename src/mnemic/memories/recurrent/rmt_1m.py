@@ -47,6 +47,7 @@ class RMT1M(Memory):
     config_class = RMT1MConfig
     paper = "Scaling Transformer to 1M tokens and beyond with RMT (2023, arXiv 2304.11062)"
     state_size = "num_tokens * d"
+    slot_dims = {"memory": 1}
     hosts = frozenset({"decoder", "encoder"})
     masked_commits = True
     bidirectional_tokens = True

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError
-from ...core.memory import HostSpec, Memory, MemoryConfig, Segment, option
+from ...core.memory import HostSpec, Memory, MemoryConfig, Segment, SlotUse, option
 from ...core.state import State
 from ...core.step import Host, Step
 from ...ops import slot_bank
@@ -69,6 +69,7 @@ class RxT(Memory):
     config_class = RxTConfig
     paper = "Reactive Transformer: Stateful Real-Time Processing (2025, arXiv 2510.03561)"
     state_size = "L * num_slots * d"
+    slot_dims = {"slots": 2}
     config: RxTConfig
 
     def __init__(self, config: RxTConfig, host: HostSpec):
@@ -118,12 +119,23 @@ class RxT(Memory):
         layer = step.layer
         query = slot_bank.split_heads(self.read.query(source, layer), self.config.num_heads)
         query = slot_bank.merge_heads(rotate(query, *rotation(step.places % step.segment, query.shape[-1])))
-        found = slot_bank.read(query, step.read(f"{layer}/keys"), step.read(f"{layer}/values"))
+        if step.diagnosing:
+            step.keep(query=query)
+        factors = step.slot_factors(f"slots/{layer}")
+        found = slot_bank.read(query, step.read(f"{layer}/keys"), step.read(f"{layer}/values"), factors=factors)
         return x + self.scale[layer].tanh() * self.read.out(found, layer)
 
     def after_layer(self, x: Tensor, step: Step) -> Tensor:
         step.keep(hidden=x)
         return x
+
+    def slot_use(self, state: State, segment: Segment) -> dict[int, SlotUse]:
+        reads, found = self.prepare(state), {}
+        for layer in self.layers:
+            query = slot_bank.split_heads(segment.trace[layer]["query"], self.config.num_heads)
+            read = slot_bank.attention_weights(query, reads[f"{layer}/keys"]).mean(1)
+            found[layer] = SlotUse(f"slots/{layer}", read)
+        return found
 
     # Writing
 
