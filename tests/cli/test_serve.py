@@ -49,13 +49,13 @@ def test_what_cannot_be_served(tmp_path):
 
 def test_a_trained_model_is_served_under_its_name(recall_run, tmp_path, monkeypatch):
     served = {}
-    monkeypatch.setattr("uvicorn.run", lambda app, **options: served.update(app=app, **options))
+    monkeypatch.setattr("mnemic.serving.process.run", lambda app: served.update(app=app))
     file = tmp_path / "server.toml"
     file.write_text('name = "teacher"\nwait = 3\n')
     for options, name in (((), "recall"), (("--config", file), "teacher"), (("--config", file, "--name", "me"), "me")):
         succeed("serve", recall_run, "--store", tmp_path / "store", "--port", 0, "--threads", 1, *options)
         server = served["app"].state.server
-        assert (served["host"], served["port"], server.settings.name) == ("127.0.0.1", 0, name)
+        assert (server.settings.host, server.settings.port, server.settings.name) == ("127.0.0.1", 0, name)
         server.store.close()
 
 

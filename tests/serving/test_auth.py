@@ -56,6 +56,7 @@ def calls(client, session):
         client.get(f"/v1/sessions/{session}"),
         client.get(f"/v1/sessions/{session}/commits"),
         client.get(f"/v1/sessions/{session}/export"),
+        client.get(f"/v1/sessions/{session}/memory"),
         client.post(f"/v1/sessions/{session}/fork"),
         client.post(f"/v1/sessions/{session}/rollback", json={"version": 1}),
         client.post(f"/v1/sessions/{session}/documents", content=b"w5"),

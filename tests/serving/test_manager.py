@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from mnemic.serving import manager as manager_module
 from mnemic.serving.errors import (
     InvalidRequest,
     SessionBusy,
@@ -52,6 +53,24 @@ async def turn(manager, ids, session="s"):
 
 def same(found, expected):
     assert found.to_bytes() == expected.to_bytes()
+
+
+def test_the_model_is_fingerprinted_once(model, tmp_path, monkeypatch):
+    taken, taking = [], manager_module.identity_of
+    monkeypatch.setattr(manager_module, "identity_of", lambda model: taken.append(model) or taking(model))
+    monkeypatch.setattr("mnemic.hosts.stream.identity_of", None)
+
+    async def talk(manager):
+        for _ in range(3):
+            # Nothing is held, so every turn loads and checks what is stored.
+            await turn(manager, [5, 6, 7])
+        async with manager.open("t", "s") as found:
+            return found.stream
+
+    found = managed(model, tmp_path / "one", talk, device_bytes=0, host_bytes=0)
+    monkeypatch.undo()
+    assert len(taken) == 1
+    same(found, model.stream().feed(iter([[5, 6, 7]] * 3)))
 
 
 def test_a_commit_is_in_the_store_and_in_the_next_turn(model, tmp_path):

@@ -12,10 +12,10 @@ from tests.serving.serving_models import served_model
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
 PATHS = {
-    "/health", "/ready", "/v1/models", "/v1/models/{model}", "/v1/completions", "/v1/chat/completions", "/v1/sessions",
-    "/v1/sessions/{session_id}", "/v1/sessions/{session_id}/commits", "/v1/sessions/{session_id}/fork",
+    "/health", "/ready", "/metrics", "/v1/models", "/v1/models/{model}", "/v1/completions", "/v1/chat/completions",
+    "/v1/sessions", "/v1/sessions/{session_id}", "/v1/sessions/{session_id}/commits", "/v1/sessions/{session_id}/fork",
     "/v1/sessions/{session_id}/rollback", "/v1/sessions/{session_id}/documents",
-    "/v1/sessions/{session_id}/export", "/v1/sessions/import",
+    "/v1/sessions/{session_id}/export", "/v1/sessions/import", "/v1/sessions/{session_id}/memory",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import torch
 
 from mnemic.core.errors import FileFormatError, InputError, StateError
 from mnemic.core.files import from_bytes, to_bytes
+from mnemic.hosts.saving import identity_of
 from mnemic.hosts.stream import Stream
 from tests.hosts.models import tiny_model
 from tests.tiny import random_ids
@@ -31,6 +32,27 @@ def test_a_stream_from_bytes_goes_on_as_it_would_have(model, data):
     stream = model.stream().feed([random_ids(13).tolist()])
     options = {"return_ids": True, "max_new_tokens": 6, "do_sample": False}
     assert Stream.from_bytes(model, data).generate(**options) == stream.generate(**options)
+
+
+def test_an_identity_taken_once_serves_many_streams(model, data):
+    identity, stream = identity_of(model), model.stream().feed([random_ids(13).tolist()])
+    assert stream.to_bytes(identity=identity) == data
+    assert Stream.from_bytes(model, data, identity=identity).to_bytes() == data
+    with pytest.raises(StateError, match="other weights"):
+        Stream.from_bytes(model, data, identity=identity_of(tiny_model("lm2", seed=5)))
+
+
+def test_without_one_a_stream_is_saved_with_the_weights_of_the_moment(tmp_path):
+    own = tiny_model("lm2")
+    stream = own.stream().feed([random_ids(13).tolist()])
+    stream.save(tmp_path / "before")
+    with torch.no_grad():
+        for parameter in own.memory.parameters():
+            parameter.data += 1
+    stream.save(tmp_path / "after")
+    Stream.load(own, tmp_path / "after")
+    with pytest.raises(StateError, match="other weights"):
+        Stream.load(own, tmp_path / "before")
 
 
 def test_damage_anywhere_is_found(model, data):

@@ -22,6 +22,7 @@ def serve(
     port: Annotated[int | None, typer.Option(metavar="N", min=0, help="8000 by default; 0 for any free one.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="Tokenizer, if MODEL has none.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all by default.")] = None,
+    page: Annotated[bool | None, typer.Option("--page/--no-page", help="The web page at /; on by default.")] = None,
     make_key: Annotated[bool, typer.Option("--make-key", help="Print a new key and its hash, and end.")] = False,
 ) -> None:
     """Serve conversations that are kept: each session has its own memory, which outlives the server.
@@ -29,6 +30,9 @@ def serve(
     The OpenAI clients work unchanged (/v1/chat/completions, /v1/completions, /v1/models). A request with the header
     X-Session-Id, or with `session` in its metadata, goes on with that session; /v1/sessions makes, lists, feeds,
     forks, rolls back, exports, imports and deletes them. An answer ends when its state is stored.
+
+    SIGTERM lets running requests end, for `shutdown_seconds` of the settings. The log goes to stderr, a JSON object a
+    line, without what users write.
 
     On other addresses than this machine's own, tenants with keys are required: a table in the settings such as
     [tenants.alice] with keys = ["HASH"].
@@ -44,7 +48,7 @@ def serve(
     Reads:   MODEL, --config, the store.
     Writes:  the store: records and the last states of each session.
     """
-    from ..core.errors import InputError, MissingExtraError
+    from ..core.errors import InputError
 
     if make_key:
         from ..serving.auth import new_key
@@ -54,17 +58,13 @@ def serve(
         return
     if model is None:
         raise InputError("MODEL is missing: name a folder that mnemic saved, or a host with --memory.")
-    try:
-        import uvicorn
-    except ImportError:
-        raise MissingExtraError("mnemic serve needs uvicorn: pip install 'mnemic[serve]'.") from None
-
     from ..serving.app import create_app
     from ..serving.config import Settings
+    from ..serving.process import run
     from ..serving.store import open_store
     from ._shared import quiet
 
-    settings = Settings.read(config, name=name, store=store, host=host, port=port)
+    settings = Settings.read(config, name=name, store=store, host=host, port=port, page=page)
     if name is None and not _is_named(config):
         settings = replace(settings, name=Path(model).resolve().name if Path(model).is_dir() else model)
     _check_address(settings)
@@ -76,7 +76,7 @@ def serve(
     except BaseException:
         sessions.close()
         raise
-    uvicorn.run(app, host=settings.host, port=settings.port, access_log=False)
+    run(app)
 
 
 def _is_named(config: Path | None) -> bool:

@@ -1,7 +1,5 @@
 """The application: routes, errors and limits around one `Server`."""
 
-import json
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,9 +20,10 @@ except ImportError as error:
     raise MissingExtraError("The server needs FastAPI: pip install 'mnemic[serve]'.") from error
 
 from .body_limit import BodyLimit
-from .routes import chat, completions, documents, health, models, sessions, states
+from .calls import call_of
+from .routes import chat, completions, documents, health, memory, models, page, sessions, states
+from .watching import Watch, response_of
 
-_log = logging.getLogger("mnemic.serving")
 _CLIENT_LEFT = 499
 
 
@@ -50,9 +49,12 @@ def create_app(model: Any, tokenizer: Any, store: SessionStore, settings: Settin
     # The pages of documentation that come with FastAPI load scripts from elsewhere.
     app = FastAPI(title="mnemic", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
-    for routes in (health, models, completions, chat, sessions, documents, states):
+    for routes in (health, models, completions, chat, sessions, documents, states, memory):
         app.include_router(routes.router)
+    if server.settings.page:
+        app.include_router(page.router)
     app.add_middleware(BodyLimit, most=server.settings.max_body, unlimited=(documents.PATH, states.IMPORT_PATH))
+    app.add_middleware(Watch, server=server)
     app.add_exception_handler(ServingError, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -61,14 +63,14 @@ def create_app(model: Any, tokenizer: Any, store: SessionStore, settings: Settin
     return app
 
 
-def _response(error: ServingError) -> Response:
-    # In ASCII: names of fields come from the client, and may be halves of characters.
-    return Response(json.dumps(error.body()), error.status, error.headers, "application/json")
+def _response(request: Request, error: ServingError) -> Response:
+    call_of(request.scope).error = error.code or error.type
+    return response_of(error)
 
 
 async def _known(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    return _response(error)
+    return _response(request, error)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -78,13 +80,13 @@ async def _invalid(request: Request, error: Exception) -> Response:
     place = [part for part in first["loc"] if isinstance(part, str)]
     param = place[1] if len(place) > 1 else None
     what = "the body is no JSON" if first["type"] == "json_invalid" else f"{param or 'the body'}: {first['msg']}"
-    return _response(InvalidRequest(f"The request cannot be used: {what}.", param=param))
+    return _response(request, InvalidRequest(f"The request cannot be used: {what}.", param=param))
 
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == TooLarge.status:
-        return _response(TooLarge(str(error.detail)))
+        return _response(request, TooLarge(str(error.detail)))
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
     body = {"message": str(error.detail), "type": InvalidRequest.type, "param": None, "code": code}
     return JSONResponse({"error": body}, error.status_code, error.headers)
@@ -96,4 +98,7 @@ async def _left(request: Request, error: Exception) -> Response:
 
 async def _unknown(request: Request, error: Exception) -> Response:
     # The server logs the traceback; what it says is nobody else's business.
-    return _response(ServingError("The server failed on this request."))
+    response = _response(request, ServingError("The server failed on this request."))
+    # This response is sent from outside of all middleware.
+    response.headers["X-Request-Id"] = call_of(request.scope).id
+    return response

@@ -4,6 +4,7 @@ Of a key only its SHA-256 is kept. Keys are random and long, so nothing slower i
 """
 
 import hashlib
+import math
 import re
 import secrets
 from collections import Counter
@@ -12,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..core.errors import ConfigError
-from .errors import Overloaded, QuotaExceeded, Unauthorised
+from .errors import Overloaded, QuotaExceeded, RateExceeded, Unauthorised
+from .rates import Bucket
 from .store.interface import Usage
 
 OPEN = "default"
@@ -26,7 +28,9 @@ _NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
 @dataclass(frozen=True, kw_only=True)
 class Tenant:
     """keys: SHA-256 of each key, in hexadecimal. max_sessions, max_bytes: stored, every version kept counted.
-    max_running: requests at one time. None for no limit.
+    max_running: requests at one time. requests_per_minute, tokens_per_minute: a bucket that holds one minute's worth,
+    in each server for itself; requests are those for answers and documents, tokens those of prompts, documents and
+    answers. None for no limit.
 
     Raises:
         ConfigError: a name, hash or number that cannot be used.
@@ -37,6 +41,8 @@ class Tenant:
     max_sessions: int | None = None
     max_bytes: int | None = None
     max_running: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -46,7 +52,7 @@ class Tenant:
                 f"tenant {self.name}: keys are SHA-256 hashes of 64 hexadecimal digits; `mnemic serve --make-key` "
                 "prints a new key and its hash."
             )
-        for name in ("max_sessions", "max_bytes", "max_running"):
+        for name in ("max_sessions", "max_bytes", "max_running", "requests_per_minute", "tokens_per_minute"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"tenant {self.name}: {name} = {value!r}, expected an integer of at least 1.")
@@ -72,6 +78,8 @@ class Tenants:
         self.open = Tenant(name=OPEN)
         self.required = bool(tenants)
         self._running: Counter[str] = Counter()
+        self._requests = {t.name: Bucket(t.requests_per_minute) for t in tenants.values() if t.requests_per_minute}
+        self._tokens = {t.name: Bucket(t.tokens_per_minute) for t in tenants.values() if t.tokens_per_minute}
         self._by_key: dict[str, Tenant] = {}
         for tenant in tenants.values():
             if not tenant.keys:
@@ -94,14 +102,37 @@ class Tenants:
 
     @contextmanager
     def running(self, tenant: Tenant) -> Iterator[None]:
-        """Counts a request while it runs. Raises `Overloaded`."""
+        """Counts a request, and that it runs. Raises `Overloaded`, `RateExceeded`."""
         if tenant.max_running is not None and self._running[tenant.name] >= tenant.max_running:
             raise Overloaded(f"You have {tenant.max_running} requests running, as many as you may.", retry_after=1)
+        bucket = self._requests.get(tenant.name)
+        if bucket is not None:
+            _need(bucket, 1, "requests")
+            bucket.take(1)
         self._running[tenant.name] += 1
         try:
             yield
         finally:
             self._running[tenant.name] -= 1
+
+    def need_tokens(self, tenant: Tenant, count: int) -> None:
+        """Raises `RateExceeded` where the tenant may not use so many tokens now; more than a minute's need all."""
+        if tenant.name in self._tokens:
+            _need(self._tokens[tenant.name], max(1, count), "tokens")
+
+    def took_tokens(self, tenant: Tenant, count: int) -> None:
+        """Counts tokens that were read or made."""
+        if tenant.name in self._tokens:
+            self._tokens[tenant.name].take(count)
+
+
+def _need(bucket: Bucket, count: int, what: str) -> None:
+    seconds = bucket.seconds_until(count)
+    if seconds:
+        raise RateExceeded(
+            f"You may use {bucket.per_minute:,} {what} a minute: try again in {math.ceil(seconds)} s.",
+            retry_after=seconds,
+        )
 
 
 def hash_of(key: str) -> str:

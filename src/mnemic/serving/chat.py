@@ -2,13 +2,15 @@
 
 A template renders whole conversations, a stream reads each text once. So a short fixed conversation is rendered with
 the new messages behind it, and what follows its last answer is what the stream reads. Templates that render a turn
-differently depending on far earlier ones are not reproduced in that.
+differently depending on far earlier ones are not reproduced in that. Control tokens are the template's alone: what
+looks like one in a message is read as text.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.errors import UnsupportedError
+from .control_tokens import ControlTokens
 from .errors import InvalidRequest
 
 PLAIN = (
@@ -36,6 +38,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         own = getattr(tokenizer, "chat_template", None)
         self.template = own or PLAIN
+        self.controls = ControlTokens(tokenizer, self.template)
         self.stop: tuple[str, ...] = () if own else ("\nUser:", "\nSystem:", "\nAssistant:")
         try:
             before = self._rendered(_BEFORE, prompt=False)
@@ -59,14 +62,17 @@ class ChatTemplate:
 
     def first(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Ids of a conversation that begins, up to where the answer begins."""
-        return self._ids(self._rendered(messages, **variables))
+        return self._ids(self._rendered(self._marked(messages), **variables))
 
     def following(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Ids of new messages, for a stream that has read the conversation before them, `closing` included."""
-        text = self._rendered((*_BEFORE, *messages), **variables).partition(_ANSWER)[2]
+        text = self._rendered((*_BEFORE, *self._marked(messages)), **variables).partition(_ANSWER)[2]
         if not text.startswith(self._end):
             raise InvalidRequest("The chat template has no place for these messages.", param="messages")
         return self._ids(text.removeprefix(self._end))
+
+    def _marked(self, messages: Sequence[Message]) -> list[Message]:
+        return [self.controls.mark(message) for message in messages]
 
     def _rendered(self, messages: Sequence[Message], *, prompt: bool = True, **variables: Any) -> str:
         try:
@@ -83,7 +89,11 @@ class ChatTemplate:
 
     def _ids(self, text: str) -> list[int]:
         try:
+            if self.controls.is_marked(text):
+                return self.controls.ids(text)
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error), param="messages") from error
         # The tokenizers library raises bare exceptions, for example on a word without a token.
         except Exception as error:
             raise InvalidRequest(f"The tokenizer cannot read this text: {error}", param="messages") from error

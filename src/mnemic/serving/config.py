@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +16,7 @@ from .requests import Limits
 from .store.interface import KEEP
 
 _MIB = 2**20
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,9 @@ class Settings:
     device_bytes, host_bytes: of states kept ready on the model's device, and in host memory. max_body: bytes of a
     request; of a document there is no limit, of an imported state max_import. max_choices: answers of one request.
     keep: versions of a session that are kept. key_file: encrypt the store with the keys in this file, 32 bytes in
-    base64 a line; the first one writes, all read.
+    base64 a line; the first one writes, all read. shutdown_seconds: that requests on their way have when the server is
+    stopped. metrics_key: SHA-256 of the key that reads /metrics, in hexadecimal; without tenants everybody may.
+    log_text: whether the log holds what users write and what they are answered. page: serve the web page at /.
 
     Raises:
         ConfigError: a value that cannot be used.
@@ -49,6 +53,10 @@ class Settings:
     max_choices: int = 16
     keep: int = KEEP
     key_file: str | None = None
+    shutdown_seconds: float = 30.0
+    metrics_key: str | None = None
+    log_text: bool = False
+    page: bool = True
     limits: Limits = field(default_factory=Limits)
     tenants: Mapping[str, Tenant] = field(default_factory=dict)
 
@@ -68,6 +76,11 @@ class Settings:
             raise ConfigError(f"port = {self.port}, expected at most 65535.")
         if not self.name:
             raise ConfigError("name is empty.")
+        if self.metrics_key is not None and not _HASH.fullmatch(self.metrics_key):
+            raise ConfigError(
+                "metrics_key: expected a SHA-256 hash of 64 hexadecimal digits; `mnemic serve --make-key` prints a new "
+                "key and its hash."
+            )
 
     @classmethod
     def read(cls, path: str | os.PathLike | None = None, **flags: Any) -> "Settings":
@@ -117,6 +130,6 @@ def _check(name: str, value: Any, hint: Any) -> None:
     kinds = get_args(hint) if get_origin(hint) is UnionType else (get_origin(hint) or hint,)
     # An integer is as good as a float, and truth is no number.
     kinds = (*kinds, int) if float in kinds else kinds
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise ConfigError(f"{name} = {value!r}, expected {expected}.")

@@ -7,11 +7,13 @@ from ..core.errors import MnemicError
 
 
 class ServingError(MnemicError):
-    """Base. status: of HTTP; type, code: as in the body; param: the field of the request that is meant, if one is."""
+    """Base. status: of HTTP; type, code: as in the body; param: the field of the request that is meant, if one is.
+    again: seconds after which the same request may go through, where waiting can help."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
+    again: ClassVar[int | None] = None
 
     def __init__(self, message: str, *, param: str | None = None):
         super().__init__(message)
@@ -19,7 +21,7 @@ class ServingError(MnemicError):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {}
+        return {} if self.again is None else {"Retry-After": str(self.again)}
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
@@ -85,6 +87,12 @@ class Overloaded(ServingError):
         return {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
 
+class RateExceeded(Overloaded):
+    """The tenant has used up what it may have in a minute; retry_after: seconds until it may go on."""
+
+    code = "rate_limit_exceeded"
+
+
 class QuotaExceeded(ServingError):
     """The tenant has as many sessions or bytes as it may."""
 
@@ -100,19 +108,19 @@ class StepFailed(ServingError):
 class OutOfMemory(ServingError):
     """The device has no room for this request."""
 
-    status, code = 503, "out_of_memory"
+    status, code, again = 503, "out_of_memory", 5
 
 
 class StoreUnavailable(ServingError):
     """The session store does not answer, or its disk is full."""
 
-    status, code = 503, "store_unavailable"
+    status, code, again = 503, "store_unavailable", 5
 
 
 class SessionDamaged(StoreUnavailable):
     """A session's stored state is not what was written."""
 
-    code = "session_damaged"
+    code, again = "session_damaged", None
 
 
 class SessionUnusable(ServingError):
@@ -124,7 +132,7 @@ class SessionUnusable(ServingError):
 class ShuttingDown(ServingError):
     """The server takes no more requests."""
 
-    status, code = 503, "shutting_down"
+    status, code, again = 503, "shutting_down", 5
 
 
 class DeadlineExceeded(ServingError):

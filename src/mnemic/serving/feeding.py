@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from .auth import Tenant
@@ -45,7 +46,8 @@ class Feeding:
 
     async def _read(self, text: str) -> None:
         # White space alone may be no token at all.
-        ids = await asyncio.to_thread(self.server.encode, text, self._stream is None) if text.strip() else []
+        encode = partial(self.server.encode, text, self._stream is None, document=True)
+        ids = await asyncio.to_thread(encode) if text.strip() else []
         if not ids:
             return
         before = self.tokens_read
@@ -64,11 +66,15 @@ class Feeding:
         self.server.feeding[self.turn.key] = (self.bytes_read, tokens)
 
     async def _submitted(self, work: Work) -> Any:
+        tenants, count = self.server.tenants, len(work.prompt)
         while True:
             try:
-                return self.server.engine.submit(work)
+                tenants.need_tokens(self.tenant, count)
+                answer = self.server.engine.submit(work)
+                tenants.took_tokens(self.tenant, count)
+                return answer
             except Overloaded as error:
-                # What has been read is not thrown away because others came meanwhile.
+                # What has been read is not thrown away because others came meanwhile, or the minute is used up.
                 if not self.tokens_read:
                     raise
                 await asyncio.sleep(min(error.retry_after, _LONGEST_PAUSE))

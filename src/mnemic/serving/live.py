@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -26,9 +27,10 @@ class LiveStats:
 
 
 class Live:
-    """Streams as they are, up to device_bytes; as files' contents, up to host_bytes. Any thread may use it."""
+    """Streams as they are, up to device_bytes; as files' contents (`to_bytes`), up to host_bytes. For any thread."""
 
-    def __init__(self, device_bytes: int, host_bytes: int):
+    def __init__(self, device_bytes: int, host_bytes: int, to_bytes: Callable[[Stream], bytes]):
+        self._to_bytes = to_bytes
         self._device: _Tier[Stream] = _Tier(device_bytes)
         self._host: _Tier[bytes] = _Tier(host_bytes)
         self._lock = threading.Lock()
@@ -52,7 +54,7 @@ class Live:
             out = self._device.put(key, stamp, stream, stream.state_bytes)
             self._moving.update(k for k, _, _ in out)
         # Writing states out takes its time, and others may look things up meanwhile.
-        spilled = [(k, v, s.to_bytes()) for k, v, s in out] if self._host.most else []
+        spilled = [(k, v, self._to_bytes(s)) for k, v, s in out] if self._host.most else []
         with self._lock:
             self._spilled += len(spilled)
             self._dropped += len(out) - len(spilled)

@@ -12,10 +12,11 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ParamSpec, TypeVar
 
 from ..core.errors import FileFormatError, InputError, StateError
+from ..hosts.saving import identity_of
 from ..hosts.stream import Stream
 from .errors import InvalidRequest, ServingError, SessionBusy, SessionUnusable, StoreUnavailable, TooLarge
 from .live import Key, Live, LiveStats
@@ -32,7 +33,8 @@ class Manager:
     """Sessions of one model in one event loop.
 
     Args:
-        model: attached; store: see `SessionStore`. tokenizer: of the streams.
+        model: attached, its weights stay as they are from the first session on. store: see `SessionStore`. tokenizer:
+            of the streams.
         wait: seconds that a writer waits for another one. lease: seconds that a session stays leased to a process that
             is gone; renewed while a turn runs.
         device_bytes, host_bytes: see `Live`.
@@ -52,10 +54,11 @@ class Manager:
         self.model, self.store, self.tokenizer = model, store, tokenizer
         self.wait, self.lease = wait, lease
         self.owner = f"{socket.gethostname()[:60]}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        self._live = Live(device_bytes, host_bytes)
+        self._live = Live(device_bytes, host_bytes, self._bytes)
         self._threads = ThreadPoolExecutor(_THREADS, "mnemic-store")
         self._locks: dict[Key, tuple[asyncio.Lock, int]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
 
     def stats(self) -> LiveStats:
         return self._live.stats()
@@ -91,6 +94,12 @@ class Manager:
                 renewing.cancel()
                 await asyncio.shield(self._detached(self._ended(turn, unlock.pop_all())))
 
+    async def look(self, tenant: str, session_id: str) -> tuple[SessionRecord, Stream, tuple[int, Stream] | None]:
+        """The session as of its last commit, without taking it: the record, its stream, and the version kept before
+        that with its stream, None where there is none. Nobody changes these streams. Raises as `open`, but never
+        SessionBusy."""
+        return await self._run(self._looked, tenant, session_id)
+
     def write(self, turn: Turn, stream: Stream, note: str) -> "asyncio.Future[SessionRecord]":
         return self._run(self._stored, turn, stream, note)
 
@@ -115,7 +124,8 @@ class Manager:
         self.forget(tenant, session_id)
 
     async def close(self) -> None:
-        """Wait for what is being written. The store stays open."""
+        """Wait for what is being written, not for other writers. The store stays open."""
+        self._closing = True
         while self._tasks:
             await asyncio.wait(self._tasks)
         await asyncio.to_thread(self._threads.shutdown)
@@ -160,7 +170,7 @@ class Manager:
                 lease = await self._run(self.store.acquire, tenant, session_id, self.owner, self.lease)
                 break
             except SessionBusy:
-                if time.monotonic() + pause > until:
+                if self._closing or time.monotonic() + pause > until:
                     raise
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -198,6 +208,16 @@ class Manager:
 
     # In threads
 
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return identity_of(self.model)
+
+    def _bytes(self, stream: Stream) -> bytes:
+        return stream.to_bytes(identity=self._identity)
+
+    def _stream(self, data: bytes, what: str) -> Stream:
+        return Stream.from_bytes(self.model, data, tokenizer=self.tokenizer, what=what, identity=self._identity)
+
     def _loaded(self, tenant: str, session_id: str, load: bool) -> tuple[SessionRecord, Stream | None]:
         record = self.store.get(tenant, session_id)
         if not record.version or not load:
@@ -207,13 +227,34 @@ class Manager:
             return record, held
         if held is None:
             record, held = self.store.load(tenant, session_id)
-        what = f"The state of session {session_id}"
-        try:
-            stream = Stream.from_bytes(self.model, held, tokenizer=self.tokenizer, what=what)
-        except (FileFormatError, StateError) as error:
-            raise SessionUnusable(f"{error} The session itself is unchanged.") from error
+        stream = self._stored_stream(session_id, held)
         self._live.put((tenant, session_id), (record.created, record.version), stream)
         return record, stream
+
+    def _stored_stream(self, session_id: str, data: bytes) -> Stream:
+        try:
+            return self._stream(data, f"The state of session {session_id}")
+        except (FileFormatError, StateError) as error:
+            raise SessionUnusable(f"{error} The session itself is unchanged.") from error
+
+    def _looked(self, tenant: str, session_id: str) -> tuple[SessionRecord, Stream, tuple[int, Stream] | None]:
+        record = self.store.get(tenant, session_id)
+        if not record.version:
+            return record, Stream(self.model), None
+        held = self._live.get((tenant, session_id), (record.created, record.version))
+        if held is None:
+            record, held = self.store.load(tenant, session_id)
+        stream = held if isinstance(held, Stream) else self._stored_stream(session_id, held)
+        versions = (commit.version for commit in self.store.commits(tenant, session_id))
+        earlier = max((version for version in versions if version < record.version), default=None)
+        if earlier is None:
+            return record, stream, None
+        try:
+            _, data = self.store.load(tenant, session_id, earlier)
+        except InvalidRequest:
+            # Later commits have pushed it out meanwhile.
+            return record, stream, None
+        return record, stream, (earlier, self._stored_stream(session_id, data))
 
     def _stored(self, turn: Turn, stream: Stream, note: str) -> SessionRecord:
         before = turn.record
@@ -224,7 +265,7 @@ class Manager:
                 before.tenant,
                 before.id,
                 expected=before.version,
-                state=stream.to_bytes(),
+                state=self._bytes(stream),
                 tokens_seen=_seen(stream),
                 note=note,
                 lease=turn.lease,
@@ -240,7 +281,7 @@ class Manager:
         if len(data) > max_bytes:
             raise TooLarge(f"The state has {len(data):,} bytes, the server takes {max_bytes:,}.")
         try:
-            stream = Stream.from_bytes(self.model, data, tokenizer=self.tokenizer, what="The imported state")
+            stream = self._stream(data, "The imported state")
         except (FileFormatError, StateError, InputError) as error:
             raise InvalidRequest(str(error)) from error
         if stream.batch_size != 1:
@@ -249,7 +290,7 @@ class Manager:
         try:
             # Written anew, so that only what was understood is kept.
             return self.store.commit(
-                tenant, record.id, expected=0, state=stream.to_bytes(), tokens_seen=_seen(stream), note="import"
+                tenant, record.id, expected=0, state=self._bytes(stream), tokens_seen=_seen(stream), note="import"
             )
         except BaseException:
             with contextlib.suppress(ServingError):

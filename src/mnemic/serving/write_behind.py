@@ -53,6 +53,12 @@ class WriteBehind:
         self._thread = threading.Thread(target=self._run, name="mnemic-write-behind", daemon=True)
         self._thread.start()
 
+    @property
+    def unwritten(self) -> tuple[int, int]:
+        """Commits that wait to be written, and their bytes."""
+        with self._wake:
+            return len(self._pending), self._bytes
+
     def commit(
         self,
         tenant: str,
@@ -119,11 +125,10 @@ class WriteBehind:
         """After the commit that it covers."""
         with self._wake:
             pending = self._pending.get((lease.tenant, lease.session_id))
-        if pending is not None:
-            with pending.lock:
-                if not pending.done:
-                    pending.released.append(lease)
-                    return
+            if pending is not None:
+                # Without waiting for it: an answer ends here.
+                pending.released.append(lease)
+                return
         self.store.release(lease)
 
     def sessions(self, tenant: str, *, after: str | None = None, limit: int = 100) -> list[SessionRecord]:
@@ -192,6 +197,7 @@ class WriteBehind:
                 self.lost(*key)
             pending.done = True
             with self._wake:
+                # Nothing is added to what it releases from here on.
                 del self._pending[key]
                 self._bytes -= pending.size
         for lease in pending.released:

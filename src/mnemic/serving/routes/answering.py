@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from ..auth import Tenant
+from ..calls import Call, call_of
 from ..errors import InvalidRequest, ServingError
 from ..requests import Event, Finished, Progress, Token, Usage, Work
 from ..server import Server
@@ -63,6 +65,11 @@ async def respond(
     if session_id is not None and fields.choices(server.settings.max_choices) > 1:
         raise InvalidRequest("A session goes on in one way: expected n = 1, or fork the session.", param="n")
 
+    call = call_of(request.scope)
+    call.session = session_id
+    if call.keeps_text:
+        call.asked = fields.asked()
+
     async def work() -> Response:
         async with AsyncExitStack() as held:
             held.enter_context(server.tenants.running(tenant))
@@ -70,11 +77,15 @@ async def respond(
             if session_id is not None:
                 await server.check_room(tenant)
                 turn = await held.enter_async_context(server.manager.open(tenant.name, session_id))
-            answers = []
-            for one in await asyncio.to_thread(works, turn):
+            todo, answers = await asyncio.to_thread(works, turn), []
+            prompts = sum(len(one.prompt) for one in todo)
+            server.tenants.need_tokens(tenant, prompts)
+            for one in todo:
                 answers.append(await held.enter_async_context(server.engine.submit(one)))
+            server.tenants.took_tokens(tenant, prompts)
+            made = partial(server.tenants.took_tokens, tenant, 1)
             events = await held.enter_async_context(Merged(answers))
-            answering = _Answering(form, events, turn, note, len(answers))
+            answering = _Answering(form, events, turn, note, len(answers), call, made)
             if not fields.stream:
                 return JSONResponse(await answering.whole())
             # What fails before the first token has a status of its own.
@@ -87,8 +98,18 @@ async def respond(
 
 
 class _Answering:
-    def __init__(self, form: Form, events: Merged, turn: Turn | None, note: str, count: int):
+    def __init__(
+        self,
+        form: Form,
+        events: Merged,
+        turn: Turn | None,
+        note: str,
+        count: int,
+        call: Call,
+        on_token: Callable[[], None],
+    ):
         self.form, self.events, self.turn, self.note, self.count = form, events, turn, note, count
+        self.call, self.on_token = call, on_token
         self.tokens: list[list[Token]] = [[] for _ in range(count)]
         self.finished: dict[int, Finished] = {}
         self.first: tuple[int, Event] | None = None
@@ -96,6 +117,7 @@ class _Answering:
     async def begin(self) -> None:
         async for i, event in self.events:
             if not isinstance(event, Progress):
+                self._note(i, event)
                 self.first = (i, event)
                 return
 
@@ -130,15 +152,24 @@ class _Answering:
             yield DONE
         except ServingError as error:
             # The status has been sent; the client's library raises on this.
+            self.call.error = error.code or error.type
             yield packed(error.body())
 
     async def _following(self) -> AsyncIterator[tuple[int, Event]]:
         if self.first is not None:
             yield self.first
         async for i, event in self.events:
-            if isinstance(event, Finished):
-                self.finished[i] = event
+            self._note(i, event)
             yield i, event
+
+    def _note(self, i: int, event: Event) -> None:
+        if isinstance(event, Token):
+            self.on_token()
+            self.call.token(i, event.text)
+        elif isinstance(event, Finished):
+            self.finished[i] = event
+            self.call.read = (self.call.read or 0) + event.usage.prompt_tokens
+            self.call.made = (self.call.made or 0) + event.usage.completion_tokens
 
     async def _commit(self) -> SessionRecord | None:
         return None if self.turn is None else await self.turn.commit(self.finished[0].stream, self.note)

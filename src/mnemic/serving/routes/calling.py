@@ -6,6 +6,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
 from ..auth import Tenant
+from ..calls import call_of
 from ..server import Server
 
 _bearer = HTTPBearer(auto_error=False, description="A key of the server, where it has tenants.")
@@ -56,7 +57,9 @@ def _server(request: Request) -> Server:
 async def _tenant(
     request: Request, server: Annotated[Server, Depends(_server)], _: Annotated[Any, Depends(_bearer)]
 ) -> Tenant:
-    return server.tenants.of(request.headers.get("authorization"))
+    tenant = server.tenants.of(request.headers.get("authorization"))
+    call_of(request.scope).tenant = tenant.name
+    return tenant
 
 
 Serving = Annotated[Server, Depends(_server)]

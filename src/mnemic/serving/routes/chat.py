@@ -32,7 +32,8 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
+    # Templates put it between control tokens or their halves.
+    name: Annotated[str, Field(pattern=r"^[^\s<|\\/>\[\]]{1,64}$")] | None = None
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -52,6 +53,9 @@ class ChatFields(Fields):
     top_logprobs: int | None = None
     response_format: TextFormat | None = None
     store: Annotated[Literal[False] | None, Field(description="Answers are not stored; sessions are.")] = None
+
+    def asked(self) -> Any:
+        return [message.plain() for message in self.messages]
 
 
 @router.post("", response_model=None)

@@ -30,6 +30,9 @@ class CompletionFields(Fields):
     best_of: int | None = None
     suffix: str | None = None
 
+    def asked(self) -> Any:
+        return self.prompt
+
 
 @router.post("", response_model=None)
 async def complete(fields: CompletionFields, request: Request, server: Serving, tenant: Caller) -> Response:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from ..calls import Call, call_of
 from ..errors import InvalidRequest, ServingError
 from ..feeding import Feeding
 from ..server import Server
@@ -44,15 +45,16 @@ async def feed(session_id: str, request: Request, server: Serving, tenant: Calle
     All of it is read, or nothing. With `Accept: text/event-stream` progress comes as events; without, `feeding` of the
     session shows it.
     """
-    body_read = asyncio.Event()
+    body_read, call = asyncio.Event(), call_of(request.scope)
     body = _body(request, body_read)
     async with AsyncExitStack() as held:
         held.enter_context(server.tenants.running(tenant))
         await server.check_room(tenant)
         turn = await held.enter_async_context(server.manager.open(tenant.name, session_id))
         feeding = Feeding(server, tenant, turn, body)
+        held.callback(lambda: setattr(call, "read", feeding.tokens_read))
         if "text/event-stream" in request.headers.get("accept", ""):
-            return EventStream(_events(server, feeding), held.pop_all(), body_read)
+            return EventStream(_events(server, feeding, call), held.pop_all(), body_read)
         record = await _while_there(request, feeding, body_read)
         await server.audit(tenant, "document", session_id, f"{feeding.tokens_read} tokens")
         return JSONResponse(_done(server, feeding, record))
@@ -100,7 +102,7 @@ async def _result(running: "asyncio.Future[SessionRecord]") -> SessionRecord:
     return await running
 
 
-async def _events(server: Server, feeding: Feeding) -> AsyncIterator[str]:
+async def _events(server: Server, feeding: Feeding, call: Call) -> AsyncIterator[str]:
     running = asyncio.ensure_future(feeding.run())
     try:
         # Progress is sampled, so a client that reads slowly, or only after it has sent all, holds nothing up.
@@ -111,6 +113,7 @@ async def _events(server: Server, feeding: Feeding) -> AsyncIterator[str]:
         yield packed(_done(server, feeding, record))
         yield DONE
     except ServingError as error:
+        call.error = error.code or error.type
         yield packed(error.body())
     finally:
         running.cancel()

@@ -66,6 +66,10 @@ class Fields(BaseModel):
             raise InvalidRequest(f"n = {count}, expected an integer from 1 to {most}.", param="n")
         return count
 
+    def asked(self) -> Any:
+        """What the user wrote, for a log that holds it."""
+        raise NotImplementedError
+
     def session(self, header: str | None) -> str | None:
         """The session named by the header or the metadata. Raises `InvalidRequest` where they differ."""
         named = (self.metadata or {}).get("session")
