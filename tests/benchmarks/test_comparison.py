@@ -267,3 +267,117 @@ def test_without_ray_the_extra_is_named(tmp_path):
     comparison = Comparison.from_dict(VALUES)
     with pytest.raises(MissingExtraError, match=r"mnemic\[ray\]"):
         next(run_jobs(comparison.jobs, tmp_path, ray="local"))
+
+
+CHAINED = {
+    "memories": ["none", "few", "none + end"],
+    "seeds": [0, 1],
+    "train": {
+        "host_options": TINY, "steps": 2, "batch_size": 2, "segment": 64, "most_segments": [1], "vocabulary": 64,
+        "save_every": 0, "report_to": [],
+    },
+    "evaluate": {"samples": 2, "batch_size": 2},
+    "memory": {
+        "few": {"memory": "rmt", "memory_options": {"num_tokens": 2}},
+        "none + end": {"trained": "none", "evaluate": {"prompt": "truncated:40"}},
+    },
+    "board": {
+        "text": {
+            "memories": ["none"], "seeds": [0],
+            "train": {"task": "text", "vocabulary_tasks": ["qa1"]},
+            "evaluate": {"tasks": ["text"], "lengths": ["64"]},
+        },
+        "tuned": {
+            "memories": ["none", "none + end"], "seeds": [0], "after": "text",
+            "evaluate": {"tasks": ["qa1"], "lengths": ["0k"]},
+        },
+    },
+}  # fmt: skip
+
+
+def test_boards_have_entries_and_seeds_of_their_own_and_entries_are_measured_otherwise():
+    made = Comparison.from_dict(CHAINED).jobs
+    assert [(j.board, j.entry, j.seed, j.trained) for j in made] == [
+        ("text", "none", 0, None),
+        ("tuned", "none", 0, None),
+        ("tuned", "none + end", 0, "none"),
+    ]
+    text, tuned, end = made
+    assert text.start is None
+    assert tuned.start == text.folder
+    assert end.start is None
+    assert end.model == tuned.folder != end.folder
+    assert end.experiment == tuned.experiment
+    assert (tuned.evaluations[0].prompt, end.evaluations[0].prompt) == ("whole", "truncated:40")
+    assert jobs.waves(made) == [[text], [tuned], [end]]
+    assert jobs.waves([tuned, end]) == [[tuned], [end]]
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("board.tuned.memories", ["none", "fwe"], "Did you mean 'few'"),
+        ("board.tuned.memories", [], "list of different names"),
+        ("board.tuned.seeds", [0, 0], "whole numbers"),
+        ("board.tuned.seeds", [1], "further up that trains none with seed 1"),
+        ("board.tuned.memories", ["none", "none + end", "few"], "further up that trains few with seed 0"),
+        ("board.text.host", "none", "goes with after"),
+        ("board.tuned.after", "tuned", "further up"),
+        ("board.text.after", "tuned", "further up"),
+        ("board.tuned.memories", ["none + end"], "another entry of the same boards"),
+        ("memory.none + end.trained", "none + end", "another entry of the same boards"),
+        ("memory.none + end.evaluate", {}, "and beside it a table evaluate"),
+        ("memory.none + end.memory_options", {"num_tokens": 2}, "nothing else"),
+        ("train.vocabulary_tasks", ["qa99"], "qa99"),
+    ],
+)
+def test_bad_chains(path, value, message):
+    changed = {**VALUES, **CHAINED}
+    *parents, last = path.split(".")
+    table = changed
+    for key in parents:
+        table[key] = dict(table[key])
+        table = table[key]
+    table[last] = value
+    with pytest.raises((ConfigError, UnknownNameError), match=message):
+        Comparison.from_dict(changed)
+
+
+def test_a_board_begins_with_the_weights_of_another_and_a_model_is_measured_twice(tmp_path, monkeypatch):
+    monkeypatch.delenv("MNEMIC_DATA", raising=False)
+    values = {**CHAINED, "train": {**CHAINED["train"], "learning_rate": 0.0}}
+    comparison = Comparison.from_dict(values)
+    outcomes = list(run_jobs(comparison.jobs, tmp_path))
+    assert [(o.job.folder, o.refused) for o in outcomes] == [(j.folder, None) for j in comparison.jobs]
+    text, tuned, end = comparison.jobs
+    first, second = (open_run(tmp_path / job.folder) for job in (text, tuned))
+    assert tuned.experiment.task == "babilong"
+    assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+    weights = second.model.state_dict()
+    assert all(weights[name].equal(weight) for name, weight in first.model.state_dict().items())
+    assert not (tmp_path / end.folder / "log.json").exists()
+    found, _ = leaderboard(comparison, tmp_path, outcomes)
+    assert [s["model"] for s in found["scores"]] == ["none", "none + end"]
+    seen = {s["model"]: s["mean_tokens"] for s in found["scores"]}
+    assert seen["none + end"] <= 40 + 20 < seen["none"] + 20
+
+
+def test_a_memory_begins_on_the_host_of_another_entry(tmp_path, monkeypatch):
+    monkeypatch.delenv("MNEMIC_DATA", raising=False)
+    tuned = {**CHAINED["board"]["tuned"], "memories": ["few"], "host": "none"}
+    values = {
+        **CHAINED, "train": {**CHAINED["train"], "learning_rate": 0.0}, "board": {**CHAINED["board"], "tuned": tuned},
+    }  # fmt: skip
+    text, few = Comparison.from_dict(values).jobs
+    assert few.start == text.folder
+    assert [o.refused for o in run_jobs([text, few], tmp_path)] == [None, None]
+    first, second = (open_run(tmp_path / job.folder).model.state_dict() for job in (text, few))
+    assert set(first) < set(second)
+    assert all(second[name].equal(weight) for name, weight in first.items())
+
+
+def test_what_a_job_needs_was_not_trained(tmp_path):
+    _, tuned, end = Comparison.from_dict(CHAINED).jobs
+    first, second = (str(o.refused) for o in run_jobs([tuned, end], tmp_path))
+    assert "runs/text/none/seed-0, which was not trained" in first
+    assert "runs/tuned/none/seed-0, which was not trained" in second

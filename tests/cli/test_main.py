@@ -9,7 +9,7 @@ import mnemic
 from mnemic.cli import _shared
 from tests.cli.conftest import invoke, succeed
 
-COMMANDS = ("systems", "show", "train", "eval", "stream", "demo")
+COMMANDS = ("systems", "show", "train", "eval", "inspect", "stream", "demo")
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])

@@ -6,8 +6,8 @@ import tomllib
 import pytest
 
 import mnemic
+from mnemic.benchmarks.expected import tokens_expected
 from mnemic.benchmarks.experiment import Experiment
-from mnemic.cli.train import tokens_expected
 from mnemic.training import TokenStore
 from tests.cli.conftest import TINY, invoke, restored, succeed
 

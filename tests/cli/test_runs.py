@@ -6,9 +6,9 @@ import tomllib
 import pytest
 
 import mnemic
+from mnemic.benchmarks.expected import tokens_expected
 from mnemic.benchmarks.experiment import Experiment
 from mnemic.cli import stream as stream_command
-from mnemic.cli.train import tokens_expected
 from tests.cli.conftest import RECALL, TINY, invoke, succeed
 
 STORY = "Mary garden the rain\nfell and John office\n" * 9

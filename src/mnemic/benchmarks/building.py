@@ -36,10 +36,12 @@ SMALL_HOST = {
 """A fresh host where `host_options` does not say otherwise: it trains on a laptop."""
 
 
-def build(experiment: "Experiment") -> tuple[Any, Any]:
-    """The model with its memory, untrained, and its tokenizer."""
+def build(experiment: "Experiment", tokenizer: Any = None) -> tuple[Any, Any]:
+    """The model with its memory, untrained, and its tokenizer; `tokenizer`: this one, and none is made."""
     fresh = experiment.host in architectures()
-    if experiment.task == "recall":
+    if tokenizer is not None:
+        pass
+    elif experiment.task == "recall":
         tokenizer = task_of(experiment).tokenizer()
     elif experiment.task == "chomsky":
         tokenizer = numbered_tokenizer(formal_task_of(experiment)[0].vocabulary)
@@ -136,12 +138,14 @@ def _shard_tokenizer(experiment: "Experiment", fresh: bool) -> Any:
 
 
 def _word_tokenizer(experiment: "Experiment") -> Any:
+    folder = data_folder(experiment.data) if experiment.task != "text" or experiment.vocabulary_tasks else None
     if experiment.task == "text":
-        return word_tokenizer(_texts(experiment), experiment.vocabulary)
-    folder = data_folder(experiment.data)
-    background = [d.text for d in named("books" if folder else "prose", "train", folder)]
+        background, tasks = _texts(experiment), experiment.vocabulary_tasks or ()
+    else:
+        background = [d.text for d in named("books" if folder else "prose", "train", folder)]
+        tasks = (*experiment.tasks, *(experiment.vocabulary_tasks or ()))
     stories = []
-    for task in experiment.tasks:
+    for task in dict.fromkeys(tasks):
         if folder is None:
             samples = list(islice(babi.stream(task, 0, "train"), 2000))
         else:

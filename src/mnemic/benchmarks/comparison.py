@@ -14,18 +14,30 @@
     [board.recall.evaluate]               # on what it is measured; both on top of the tables above
     tasks = ["recall"]                    # several measurements of one model: [[board.recall.evaluate]], once for each
 
+    [board.later]                         # optional, for any board:
+    memories = ["lm2"]                    # its own entries, among those above; None: all
+    seeds = [0]                           # its own seeds
+    after = "recall"                      # models begin with the weights of the same entry and seed of that board;
+    host = "none"                         # entries that it does not train, with the host of this entry's model there
+    [board.later.train]
+    steps = 100
+
     [costs]                               # what `--costs` measures; see `speeds`
     history = 2048
 
     [memory.rmt]                          # settings of one entry, on top of all others; `memory` where the name of the
     memory_options = { num_tokens = 4 }   # entry is not that of a memory
 
+    [memory."none + bm25"]                # not trained: the models of another entry, measured otherwise
+    trained = "none"
+    evaluate = { prompt = "bm25:64" }     # of any entry, on top of what the board says
+
 Every entry of a board sees the same samples in the same order for the same number of steps; `parameters` makes the
 models equally large.
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,23 +48,47 @@ from .experiment import Experiment
 from .speeds import Costs
 
 _KEYS = ("title", "scale", "memories", "seeds", "train", "evaluate", "board", "memory", "costs")
+_BOARD = ("train", "evaluate", "memories", "seeds", "after", "host")
 _EQUAL = ("task", "tasks", "steps", "batch_size", "gradient_accumulation", "least_segments", "most_segments", "seed")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model of a comparison: how it is trained and measured."""
+    """One model of a comparison: how it is trained and measured.
+
+    trained: the entry of the same board whose model is measured; None: it is trained itself.
+    after: the board with whose weights the training begins; None: it begins anew.
+    begins: the entry of that board whose host is taken, where it is another one.
+    """
 
     board: str
     entry: str
     seed: int
     experiment: Experiment
     evaluations: tuple[Evaluation, ...]
+    trained: str | None = None
+    after: str | None = None
+    begins: str | None = None
 
     @property
     def folder(self) -> Path:
         """Relative to that of the comparison."""
-        return Path("runs") / self.board / self.entry / f"seed-{self.seed}"
+        return self._folder(self.board, self.entry)
+
+    @property
+    def model(self) -> Path:
+        """Where the model is: in the folder of the entry that is `trained`, or its own."""
+        return self._folder(self.board, self.trained or self.entry)
+
+    @property
+    def start(self) -> Path | None:
+        """The folder whose weights the training begins with."""
+        if self.after is None or self.trained is not None:
+            return None
+        return self._folder(self.after, self.begins or self.entry)
+
+    def _folder(self, board: str, entry: str) -> Path:
+        return Path("runs") / board / entry / f"seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -82,11 +118,11 @@ class Comparison:
     def from_dict(cls, values: Mapping[str, Any]) -> "Comparison":
         ConfigError.check_names("setting of a comparison", values, _KEYS)
         memories: Any = values.get("memories")
-        seeds, boards = values.get("seeds", [0]), _tables(values, "board")
+        boards = _tables(values, "board")
+        for table in (values, *boards.values()):
+            _check_lists(table)
         if not _listed(memories, str):
             raise ConfigError(f"memories = {memories!r}: expected a list of different names.")
-        if not _listed(seeds, int):
-            raise ConfigError(f"seeds = {seeds!r}: expected a list of different whole numbers.")
         if not boards:
             raise ConfigError("A comparison needs at least one table [board.NAME.train].")
         ConfigError.check_names("entry of memories", _tables(values, "memory"), memories)
@@ -97,32 +133,64 @@ class Comparison:
 
 
 def _jobs(values: Mapping[str, Any]) -> Iterator[Job]:
+    made: set[tuple[str, str, int]] = set()
     for board, parts in _tables(values, "board").items():
         for key in parts:
-            if key not in ("train", "evaluate"):
+            if key not in _BOARD:
                 raise ConfigError(f"[board.{board}.{key}]: a board has the tables train and evaluate.")
-        shared = _merged(_table(values, "train"), _table(parts, "train"))
-        evaluations = _evaluations(board, values, parts)
-        for entry in values["memories"]:
-            own = _tables(values, "memory").get(entry, {})
-            unequal = [key for key in own if key in _EQUAL]
-            if unequal:
-                raise ConfigError(f"[memory.{entry}]: {', '.join(unequal)} must be equal for all; set it for a board.")
-            for seed in values.get("seeds", [0]):
-                settings = _merged(shared, {"memory": entry}, own, {"seed": seed})
+        if "host" in parts and "after" not in parts:
+            raise ConfigError(f"[board.{board}]: host = {parts['host']!r} goes with after, the board that trains it.")
+        shared, after = _merged(_table(values, "train"), _table(parts, "train")), parts.get("after")
+        entries = parts.get("memories", values["memories"])
+        ConfigError.check_names(f"entry of board {board}", entries, values["memories"])
+        for entry in entries:
+            own, trained, measured = _own(values, entry, entries)
+            evaluations = _evaluations(board, values, parts, measured)
+            for seed in parts.get("seeds", values.get("seeds", [0])):
+                begins = None if (after, entry, seed) in made else parts.get("host")
+                if after is not None and trained is None and (after, begins or entry, seed) not in made:
+                    raise ConfigError(
+                        f"[board.{board}]: after = {after!r}, expected a board further up that trains "
+                        f"{begins or entry} with seed {seed}."
+                    )
                 try:
-                    experiment = Experiment.from_dict(settings)
+                    experiment = Experiment.from_dict(_merged(shared, own, {"seed": seed}))
                 except (ConfigError, UnknownNameError) as error:
                     raise ConfigError(f"{entry} on board {board}: {error}") from error
-                yield Job(board, entry, seed, experiment, evaluations)
+                if trained is None:
+                    made.add((board, entry, seed))
+                yield Job(board, entry, seed, experiment, evaluations, trained, after, begins)
 
 
-def _evaluations(board: str, values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[Evaluation, ...]:
-    """What each model of a board is measured on: one table, or several in a list, no score twice."""
+def _own(
+    values: Mapping[str, Any], entry: str, entries: Sequence[str]
+) -> tuple[dict[str, Any], str | None, Mapping[str, Any]]:
+    """Settings of an entry's experiment, the entry that is trained for it, and settings of its evaluations."""
+    own = {"memory": entry, **_tables(values, "memory").get(entry, {})}
+    unequal = [key for key in own if key in _EQUAL]
+    if unequal:
+        raise ConfigError(f"[memory.{entry}]: {', '.join(unequal)} must be equal for all; set it for a board.")
+    trained, measured = own.pop("trained", None), _table(own, "evaluate")
+    own.pop("evaluate", None)
+    if trained is None:
+        return own, None, measured
+    other, others, _ = _own(values, trained, entries) if trained in entries and trained != entry else ({}, "", {})
+    if others is not None or not measured or len(own) > 1:
+        raise ConfigError(
+            f"[memory.{entry}]: trained = {trained!r}, expected another entry of the same boards that is trained "
+            "itself, and beside it a table evaluate and nothing else."
+        )
+    return other, trained, measured
+
+
+def _evaluations(
+    board: str, values: Mapping[str, Any], parts: Mapping[str, Any], own: Mapping[str, Any]
+) -> tuple[Evaluation, ...]:
+    """What a model of a board is measured on: one table, or several in a list, no score twice; `own` of the entry."""
     given = parts.get("evaluate", {})
     tables = given if isinstance(given, list) and given else [given]
     shared = _table(values, "evaluate")
-    found = tuple(Evaluation.from_dict(_merged(shared, _table({"evaluate": t}, "evaluate"))) for t in tables)
+    found = tuple(Evaluation.from_dict(_merged(shared, _table({"evaluate": t}, "evaluate"), own)) for t in tables)
     names = [name for evaluation in found for name in evaluation.names()]
     twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
     if twice is not None:
@@ -153,6 +221,12 @@ def _tables(values: Mapping[str, Any], name: str) -> Mapping[str, Mapping[str, A
     for key in _table(values, name):
         _table(_table(values, name), key)
     return _table(values, name)
+
+
+def _check_lists(table: Mapping[str, Any]) -> None:
+    for key, kind, what in (("memories", str, "names"), ("seeds", int, "whole numbers")):
+        if key in table and not _listed(table[key], kind):
+            raise ConfigError(f"{key} = {table[key]!r}: expected a list of different {what}.")
 
 
 def _listed(value: Any, kind: type) -> bool:

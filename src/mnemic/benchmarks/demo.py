@@ -19,6 +19,7 @@ from ..core.errors import MissingExtraError
 from ..hosts import load, parameter_report
 from . import runs
 from .building import build
+from .demo_asked import ask_shipped
 from .distances import Score, by_distance
 from .experiment import Experiment
 from .recall import RecallTask
@@ -60,6 +61,7 @@ def run(folder: Path, *, quick: bool = False, threads: int = 1) -> dict[str, Any
     console = Console()
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
+    asked = ask_shipped(console, lengths=("1k",)) if quick else ask_shipped(console)
     base = replace(EXPERIMENT, steps=20, log_every=10) if quick else EXPERIMENT
     lm2 = replace(base, memory="lm2", memory_options=MEMORIES["lm2"])
     size = sum(part["total"] for part in parameter_report(build(lm2)[0]).values())
@@ -71,7 +73,12 @@ def run(folder: Path, *, quick: bool = False, threads: int = 1) -> dict[str, Any
         "[bold]Steps[/], on 2 idle cores: train lm2 (about 40 s), rmt (30 s), the host alone (15 s), measuring each "
         "(3 s); plot, save and\nresume a stream (15 s).\n"
     )
-    results: dict[str, Any] = {"chance": TASK.chance, "trained_segments": TRAINED_SEGMENTS, "memories": {}}
+    results: dict[str, Any] = {
+        "shipped": asked,
+        "chance": TASK.chance,
+        "trained_segments": TRAINED_SEGMENTS,
+        "memories": {},
+    }
     for name, options in MEMORIES.items():
         experiment = replace(base, memory=name, memory_options=options, parameters=size)
         where = folder / ("quick" if quick else "runs") / name

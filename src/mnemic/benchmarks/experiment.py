@@ -56,6 +56,7 @@ class Experiment:
     )
     stateful: bool = option(False, "prepared text: rows of a batch read on where the last batch stopped")
     vocabulary: int = option(4096, "words of the tokenizer made for a fresh host", minimum=16)
+    vocabulary_tasks: tuple[str, ...] | None = option(None, "bAbI tasks whose words that tokenizer has besides")
     segment: int = option(64, "tokens of a segment", minimum=1)
     unit: int | None = option(
         None, "tokens that the numbers of segments below count; None for the segment's", minimum=1
@@ -103,8 +104,8 @@ class Experiment:
             raise ConfigError("stateful = true: rows take the same number of segments at every step; give one number.")
         if self.stateful and not self.prepared:
             raise ConfigError('stateful = true reads prepared text: task = "text", data = what mnemic prepare wrote.')
-        for name in self.tasks:
-            if self.task == "babilong" and name not in babi.GENERATED_TASKS:
+        for name in (*(self.tasks if self.task == "babilong" else ()), *(self.vocabulary_tasks or ())):
+            if name not in babi.GENERATED_TASKS:
                 raise UnknownNameError.of("bAbI task", name, babi.GENERATED_TASKS)
         if self.task == "chomsky":
             formal_task_of(self)

@@ -73,6 +73,24 @@ def run_jobs(
 def _outcomes(
     jobs: Sequence[Job], folder: Path, processes: int, threads: int, ray: str | None
 ) -> Iterator[Outcome]:  # fmt: skip
+    for wave in waves(jobs):
+        yield from _wave(wave, folder, processes, threads, ray)
+
+
+def waves(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs in groups: each needs models of the groups before it alone. Models that are missing are no jobs here."""
+    depth: dict[Path, int] = {}
+    # Boards begin with models of boards further up, and what measures a model of another entry may stand before it.
+    for job in sorted(jobs, key=lambda job: job.trained is not None):
+        needed = job.start if job.trained is None else job.model
+        depth[job.folder] = 0 if needed is None else depth.get(needed, -1) + 1
+    most = max(depth.values(), default=-1)
+    return [[job for job in jobs if depth[job.folder] == one] for one in range(most + 1)]
+
+
+def _wave(
+    jobs: Sequence[Job], folder: Path, processes: int, threads: int, ray: str | None
+) -> Iterator[Outcome]:  # fmt: skip
     if ray is not None:
         yield from _with_ray(jobs, folder, threads, ray)
     elif processes == 1:
@@ -93,10 +111,15 @@ def _outcomes(
 def do(job: Job, folder: Path) -> Outcome:
     """Train, or go on with it; answer what has not been answered; leave DESCRIPTION, which ends the job."""
     place = folder / job.folder
+    needed = job.start if job.trained is None else job.model
+    ready = job.trained is None and _trained(job, place)
+    if needed is not None and not ready and not (folder / needed / LOG).is_file():
+        return Outcome(job, f"needs the model {needed}, which was not trained")
     try:
         log = {}
-        if not _trained(job, place):
-            log = run(job.experiment, place, progress=False, resume=bool(checkpoints(place)))
+        if job.trained is None and not ready:
+            start = None if job.start is None else folder / job.start
+            log = run(job.experiment, place, progress=False, resume=bool(checkpoints(place)), start=start)
         if "stopped" not in log:
             _measure(job, folder)
     except (ConfigError, HostError, UnsupportedError, TrainingError) as error:
@@ -108,7 +131,8 @@ def do(job: Job, folder: Path) -> Outcome:
 
 def _measure(job: Job, folder: Path) -> None:
     place = folder / job.folder
-    trained = open_run(place)
+    place.mkdir(parents=True, exist_ok=True)
+    trained = open_run(folder / job.model)
     for evaluation, log in zip(job.evaluations, answers(job, folder), strict=True):
         cells = evaluation.cells(trained.tokenizer, trained.unit, trained.sizes)
         evaluate(trained.model, cells, evaluation, log)

@@ -14,12 +14,12 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments, s
 
 from ..core.errors import ConfigError, InputError, MissingExtraError
 from ..core.files import replace_atomically
-from ..hosts import parameter_report, save
+from ..hosts import load, parameter_report, save
 from ..training import Collator, LossProgress
 from ..training.checkpoints import checkpoints
 from ..training.guards import StopOnSignal
 from ..training.summary import CURVES, MeasuredTrainer, plot_curves, summarise, write_summary
-from ..training.tokenizer import tokenizer_fingerprint
+from ..training.tokenizer import find_tokenizer, tokenizer_fingerprint
 from .building import build, examples
 from .experiment import LOG, SETTINGS, Experiment
 
@@ -34,6 +34,7 @@ def run(
     progress: bool = True,
     announce: Callable[[Any], None] | None = None,
     resume: bool = False,
+    start: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train as `experiment` says and leave everything in `folder`.
 
@@ -43,6 +44,8 @@ def run(
     Args:
         announce: called with the untrained model before the first step.
         resume: go on from the last checkpoint in the folder, which must be of this run.
+        start: the folder of a run whose weights and tokenizer this one begins with, or of the host alone, whose weights
+            the host then has; None: begin anew.
 
     Returns: what `log.json` holds: parameters, seconds, tokens, versions, summary, and the Trainer's log.
 
@@ -53,7 +56,7 @@ def run(
     folder = Path(folder)
     _check_folder(experiment, folder, resume)
     set_seed(experiment.seed)
-    model, tokenizer = build(experiment)
+    model, tokenizer = build(experiment) if start is None else _begun(experiment, Path(start))
     data = examples(experiment, model, tokenizer)
     arguments = _arguments(experiment, folder, progress)
     if announce is not None:
@@ -105,6 +108,24 @@ def run(
         # Last: a folder with a log is a finished run.
         _write(folder / LOG, json.dumps(log, indent=1))
     return log
+
+
+def _begun(experiment: Experiment, start: Path) -> tuple[Any, Any]:
+    """The model of `experiment` with the weights of a run, or those of its host, and that run's tokenizer.
+
+    Raises:
+        ConfigError: models of other shapes. What `load` raises: FileFormatError, ...
+    """
+    model, tokenizer = build(experiment, find_tokenizer(start, None))
+    weights = load(start).state_dict()
+    if not any(name.startswith("memory.") for name in weights):
+        # The host alone: the memory stays as it is drawn.
+        weights |= {name: w for name, w in model.state_dict().items() if name.startswith("memory.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(f"The model in {start} is not that of these settings: {error}") from error
+    return model, tokenizer
 
 
 def _check_folder(experiment: Experiment, folder: Path, resume: bool) -> None:

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import mnemic
 
-from . import chat, compare, demo, evaluate, new, prepare, serve, show, stream, systems, train
+from . import chat, compare, demo, evaluate, inspect, new, prepare, reproduce, serve, show, stream, systems, train
 
 
 class _Commands(TyperGroup):
@@ -58,6 +58,7 @@ def _options(
       mnemic show lm2                                   one of them: paper, options, size
       mnemic train --memory lm2 --task recall --output runs/recall
       mnemic eval runs/recall                           accuracy, with intervals
+      mnemic inspect runs/recall                        what its memory holds, reads and writes
       mnemic compare CONFIG.toml --output DIR           several memories alike, and a leaderboard
       mnemic stream runs/recall --ask "? Mary"          talk to a model that remembers
       mnemic serve runs/recall                          the same for many, over HTTP
@@ -71,7 +72,9 @@ app.command("show", short_help="Explain one memory.")(show.show)
 app.command("prepare", short_help="Tokenise texts once, for training.")(prepare.prepare)
 app.command("train", short_help="Train a host with a memory.")(train.train)
 app.command("eval", short_help="Measure a trained model.")(evaluate.evaluate)
+app.command("inspect", short_help="Look inside a trained model.")(inspect.inspect)
 app.command("compare", short_help="Train and measure several memories alike.")(compare.compare)
+app.command("reproduce", short_help="Make a paper's tables again.")(reproduce.reproduce)
 app.command("stream", short_help="Read, ask, save, resume.")(stream.stream)
 app.command("serve", short_help="Serve sessions over HTTP.")(serve.serve)
 app.command("chat", short_help="Talk to a session of a server.")(chat.chat)

@@ -120,7 +120,7 @@ def _report(results: Any, measured: Any, output: Path) -> None:
 
 
 def _plan(comparison: Any) -> None:
-    from .train import tokens_expected
+    from ..benchmarks.expected import tokens_expected
 
     boards = list(dict.fromkeys(job.board for job in comparison.jobs))
     for board in boards:

@@ -125,30 +125,6 @@ def train(
     _summarise(experiment, log, output)
 
 
-def tokens_expected(experiment: Any) -> int:
-    """Tokens of the whole run, on average over the random sizes of samples; padding of short documents counts."""
-    if not experiment.by_segments:
-        return _tokens_drawn(experiment)
-    stages, per_stage = experiment.most_segments, experiment.law().stage_batches
-    total = 0.0
-    for i, most in enumerate(stages):
-        left = max(experiment.steps * experiment.gradient_accumulation - i * per_stage, 0)
-        batches = left if i == len(stages) - 1 else min(per_stage, left)
-        total += batches * (most if experiment.stateful else (experiment.least_segments + most) / 2)
-    return round(total * experiment.batch_size * experiment.counted)
-
-
-def _tokens_drawn(experiment: Any) -> int:
-    """By the sizes of the first 64 batches."""
-    from itertools import islice
-
-    from ..benchmarks.building import examples
-
-    batch = experiment.batch_size
-    sizes = [len(e["input_ids"]) for e in islice(examples(experiment, None, None), 0, 64 * batch, batch)]
-    return round(sum(sizes) / len(sizes) * experiment.steps * experiment.gradient_accumulation * batch)
-
-
 def _check_host(experiment: Any) -> None:
     """Before a folder is made: a name that leads nowhere is a slip of the keyboard."""
     from ..core.errors import ConfigError
@@ -163,6 +139,7 @@ def _check_host(experiment: Any) -> None:
 def _announce(experiment: Any, model: Any) -> None:
     import torch
 
+    from ..benchmarks.expected import tokens_expected
     from ..hosts import parameter_report
 
     report = parameter_report(model)

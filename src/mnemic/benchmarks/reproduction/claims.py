@@ -1,0 +1,84 @@
+"""Each claim of LM2's paper, what it prints, and what a reproduction found; nothing here is typed but the claims."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import printed
+
+_NONE = "not run yet"
+_SMALL = "not measured: at this size MMLU is a guess"
+
+
+def claims(found: Mapping[str, Any] | None) -> str:
+    """A table; found: what `findings` gave, or None where nothing has been run."""
+    rows = [
+        ["LM2 over RMT, 0K to 4K", "+37.1%", _margin(found, "rmt")],
+        ["LM2 over Llama-3.2 (here: the host alone)", "+86.3%", _margin(found, "none")],
+        *(_lengths(found, length) for length in printed.COMPARED),
+        ["LM2, RMT, host at 8K and beyond", _printed(">=8K", None), _ours(found, "8k", None)],
+        *(
+            [f"{task} at {length}", _printed(length, task), _ours(found, length.lower(), task)]
+            for length, task in _SINGLE
+        ),
+        ["Equations as printed against with token content written, 1K", "–", _variant(found, "lm2 as printed")],
+        ["One bank a block against one for all, 1K", "–", _variant(found, "lm2 per layer")],
+        ["Memory in more blocks: lower perplexity", "1 of 16 near the host; 16 clearly best", _blocks(found)],
+        ["MMLU, LM2 / RMT / host", "29.4 / 26.5 / 28.0", _SMALL if found is not None else _NONE],
+    ]
+    lines = [["claim", "printed", "here"], ["---"] * 3, *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+_SINGLE = (("1K", "qa1"), ("2K", "qa1"), ("4K", "qa1"))
+_MODELS = {"lm2": "LM2-1.7B", "rmt": "RMT-1.7B", "none": "vanilla-Llama-1.7B"}
+
+
+def _lengths(found: Mapping[str, Any] | None, length: str) -> list[str]:
+    return [f"LM2, RMT, host at {length}", _printed(length, None), _ours(found, length.lower(), None)]
+
+
+def _printed(length: str, task: str | None) -> str:
+    at = -1 if task is None else int(task.removeprefix("qa")) - 1
+    return " / ".join(f"{printed.TABLE[length][name][at]:.1f}" for name in _MODELS.values())
+
+
+def _ours(found: Mapping[str, Any] | None, length: str, task: str | None) -> str:
+    """The scores of the three models in percent; over all tasks where none is named."""
+    if found is None:
+        return _NONE
+    models = found["boards"][found["main"]]["rows"].get(length, {})
+    return " / ".join(_score(models.get(name), task) for name in _MODELS)
+
+
+def _score(cells: Mapping[str, Any] | None, task: str | None) -> str:
+    if not cells or (task is not None and task not in cells):
+        return "–"
+    chosen = list(cells.values()) if task is None else [cells[task]]
+    return f"{100 * sum(c[0] for c in chosen) / len(chosen):.1f}"
+
+
+def _margin(found: Mapping[str, Any] | None, other: str) -> str:
+    if found is None:
+        return _NONE
+    one = found["margins"].get(other)
+    if one is None or one["all"] is None:
+        return "–"
+    return f"{one['all']['ratio_of_means']:+.1f}% ({one['all']['mean_of_ratios']:+.1f}% as the mean of ratios)"
+
+
+def _variant(found: Mapping[str, Any] | None, entry: str) -> str:
+    if found is None:
+        return _NONE
+    models = found["boards"][found["main"]]["rows"].get("1k", {})
+    return f"{_score(models.get(entry), None)} against {_score(models.get('lm2'), None)}"
+
+
+def _blocks(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return _NONE
+    rows = found["text"].get("blocks", [])
+    return "; ".join(
+        f"{one['model']} {one['perplexity']['mean']:.2f} ({one['perplexity']['low']:.2f} to "
+        f"{one['perplexity']['high']:.2f})"
+        for one in rows
+    )

@@ -1,0 +1,85 @@
+"""Recipes: one comparison a system and scale, beside this file, so that an installed command has them.
+
+A recipe is a file of `mnemic compare` with one table more, `[reproduction]`:
+
+    main = "main"                     # the board of the main table
+    model, others = "lm2", ["rmt"]    # margins are of this entry over those
+    compared = ["0k", "1k"]           # lengths over which they are taken
+    curves = ["blocks"]               # boards whose training loss is drawn against tokens
+    ship = "lm2"                      # the entry whose best model of the main board is exported
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...core.errors import ConfigError, UnknownNameError
+from ..comparison import Comparison
+
+SYSTEMS = ("lm2",)
+SCALES = ("smoke", "cpu", "gpu")
+_FOLDER = Path(__file__).parent
+_KEYS = ("main", "model", "others", "compared", "curves", "ship")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """comparison: all boards. The other fields are those of [reproduction]; text: the file."""
+
+    comparison: Comparison
+    main: str
+    model: str
+    others: tuple[str, ...]
+    compared: tuple[str, ...]
+    curves: tuple[str, ...]
+    ship: str | None
+    text: str
+
+
+def recipe(system: str, scale: str) -> Recipe:
+    """
+    Raises:
+        UnknownNameError: a system or scale without a recipe.
+    """
+    for kind, name, known in (("system to reproduce", system, SYSTEMS), ("scale", scale, SCALES)):
+        if name not in known:
+            raise UnknownNameError.of(kind, name, known)
+    return parse((_FOLDER / f"{system}-{scale}.toml").read_text(encoding="utf-8"))
+
+
+def full_text(system: str) -> str:
+    """The paper's own configuration as a file of `mnemic train`."""
+    if system not in SYSTEMS:
+        raise UnknownNameError.of("system to reproduce", system, SYSTEMS)
+    return (_FOLDER / f"{system}-full.toml").read_text(encoding="utf-8")
+
+
+def parse(text: str) -> Recipe:
+    """
+    Raises:
+        ConfigError: no TOML, or settings that cannot be.
+    """
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"The recipe is no valid TOML: {error}.") from error
+    told: Mapping[str, Any] = values.pop("reproduction", {})
+    ConfigError.check_names("setting of [reproduction]", told, _KEYS)
+    missing = [key for key in ("main", "model", "others", "compared") if key not in told]
+    if missing:
+        raise ConfigError(f"[reproduction] has no {', '.join(missing)}.")
+    comparison = Comparison.from_dict(values)
+    boards = {job.board for job in comparison.jobs}
+    entries = {job.entry for job in comparison.jobs if job.board == told["main"]}
+    for board in (told["main"], *told.get("curves", ())):
+        if board not in boards:
+            raise UnknownNameError.of("board of [reproduction]", board, boards)
+    for entry in (told["model"], *told["others"], *([told["ship"]] if "ship" in told else [])):
+        if entry not in entries:
+            raise UnknownNameError.of(f"entry of board {told['main']}", entry, entries)
+    return Recipe(
+        comparison, told["main"], told["model"], tuple(told["others"]), tuple(told["compared"]),
+        tuple(told.get("curves", ())), told.get("ship"), text,
+    )  # fmt: skip

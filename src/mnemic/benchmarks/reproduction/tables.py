@@ -1,0 +1,212 @@
+"""What a reproduction found: tables, margins, ablations, held-out text and curves, as JSON, Markdown and PNG."""
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ...core.errors import MissingExtraError
+from ...core.files import replace_atomically
+from ..experiment import LOG
+from ..jobs import Outcome
+from ..leaderboard import leaderboard
+from . import printed
+from .layout import layout, margins
+from .recipe import Recipe
+
+FINDINGS, TABLES, CURVES = "findings.json", "tables.md", "curves.png"
+
+
+def findings(recipe: Recipe, folder: str | Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Everything that was found, as plain data.
+
+    Returns: "boards": name -> {"tasks", "rows": length -> model -> task -> [mean, low, high]}, ranges being those of
+        the training seeds, or the 95% interval of a single run; "text": board -> held-out perplexities; "margins":
+        other -> of the means over the training seeds, and "seeds": of each; "curves": board -> entry ->
+        [tokens, perplexity]; "models", "settings", "scale", "environment".
+    """
+    folder = Path(folder)
+    results, _ = leaderboard(recipe.comparison, folder, outcomes)
+    asked: dict[str, set[str]] = {}
+    for job in recipe.comparison.jobs:
+        asked.setdefault(job.board, set()).update(name for one in job.evaluations for name, _, _ in one.names())
+    scores, text = (_by_board(results.get(kind, []), asked) for kind in ("scores", "text"))
+    boards = {name: layout({**results, "scores": own}) for name, own in scores.items()}
+    return {
+        "title": recipe.comparison.title,
+        "scale": recipe.comparison.scale,
+        "main": recipe.main,
+        "boards": {name: table.as_json() for name, table in boards.items()},
+        "text": text,
+        "margins": _margins(recipe, results, scores.get(recipe.main, [])),
+        "curves": {name: _curves(recipe, folder, outcomes, name) for name in recipe.curves},
+        "models": results["models"],
+        "settings": results["settings"],
+        "environment": {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _by_board(
+    rows: Sequence[Mapping[str, Any]], asked: Mapping[str, set[str]]
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Scores by board, tasks without its name, which stands before them where two boards measure the same one."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        board, _, task = row["task"].rpartition(": ")
+        board = board or next(name for name, tasks in asked.items() if task in tasks)
+        found.setdefault(board, []).append({**row, "task": task})
+    return found
+
+
+def _margins(recipe: Recipe, results: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By other entry: of the means over training seeds, and of each training seed."""
+
+    def one(other: str, some: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+        averages = layout({**results, "scores": some}).averages() if some else {}
+        return margins(averages, recipe.model, other, recipe.compared)
+
+    seeds = sorted({s["train_seed"] for s in scores})
+    return {
+        other: {
+            "all": one(other, scores),
+            "seeds": {str(seed): one(other, [s for s in scores if s["train_seed"] == seed]) for seed in seeds},
+        }
+        for other in recipe.others
+    }
+
+
+def _curves(
+    recipe: Recipe, folder: Path, outcomes: Sequence[Outcome], board: str
+) -> dict[str, list[list[float]]]:  # fmt: skip
+    """Entry -> [tokens seen, perplexity of the training text since the line before], mean over seeds of the loss.
+
+    All samples of such a board have one length, so tokens go with steps.
+    """
+    losses: dict[str, dict[float, list[float]]] = {}
+    for outcome in outcomes:
+        job = outcome.job
+        if job.board != board or outcome.refused is not None or job.trained is not None:
+            continue
+        log = json.loads((folder / job.folder / LOG).read_text(encoding="utf-8"))
+        each = log["summary"]["tokens"] / job.experiment.steps
+        for line in log["history"]:
+            if "loss" in line:
+                losses.setdefault(job.entry, {}).setdefault(line["step"] * each, []).append(line["loss"])
+    return {
+        entry: [[round(at), round(math.exp(min(sum(found) / len(found), 50)), 4)] for at, found in sorted(line.items())]
+        for entry, line in losses.items()
+    }
+
+
+def write(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
+    """findings.json, tables.md and, where there are curves, curves.png; the paths.
+
+    Raises:
+        MissingExtraError: curves, and no matplotlib.
+    """
+    folder = Path(folder)
+    texts = {FINDINGS: json.dumps(found, indent=1) + "\n", TABLES: markdown(found)}
+    for name, text in texts.items():
+        replace_atomically(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+    paths = [folder / name for name in texts]
+    if any(found["curves"].values()):
+        figure = plot(found["curves"])
+        replace_atomically(folder / CURVES, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+        paths.append(folder / CURVES)
+    return paths
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """All tables, the main one first."""
+    order = sorted(found["boards"], key=lambda name: name != found["main"])
+    parts = [f"# {found['title']}\n"]
+    for name in order:
+        parts.append(f"## {name}\n\n{board_table(found['boards'][name])}\n")
+        if name == found["main"]:
+            parts.append(f"{margin_table(found)}\n")
+    for name, rows in found["text"].items():
+        parts.append(f"## {name}: held-out text\n\n{text_table(rows)}\n")
+    return "\n".join(parts)
+
+
+def board_table(board: Mapping[str, Any]) -> str:
+    """Lengths and models down, tasks across, as in the paper; in percent, with the lowest and highest of the seeds."""
+    tasks, lines = board["tasks"], []
+    for length, models in board["rows"].items():
+        for name, cells in models.items():
+            values = [_cell(*cells[task]) if task in cells else "–" for task in tasks]
+            mean = sum(cells[task][0] for task in cells) / len(cells)
+            lines.append([length, name, *values, f"{100 * mean:.1f}"])
+    return _table(["length", "model", *tasks, "mean"], lines)
+
+
+def _cell(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def margin_table(found: Mapping[str, Any]) -> str:
+    """How much better the model is than each other entry, beside what the paper prints and what its table gives."""
+    lines = []
+    for other, one in found["margins"].items():
+        each = [m["ratio_of_means"] for m in one["seeds"].values() if m is not None]
+        whole = one["all"]
+        values = (
+            ["–", "–"] if whole is None else [f"{whole['ratio_of_means']:+.1f}%", f"{whole['mean_of_ratios']:+.1f}%"]
+        )
+        lines.append([other, *values, f"{min(each):+.1f}% to {max(each):+.1f}%" if each else "–"])
+    for other, said in printed.MARGINS.items():
+        one = margins(printed.averages(), "LM2-1.7B", other, printed.COMPARED)
+        assert one is not None
+        lines.append(
+            [f"paper: {other}, printed +{said}%", f"+{one['ratio_of_means']}%", f"+{one['mean_of_ratios']}%", "–"]
+        )
+    return _table(["better than", "ratio of means", "mean of ratios", "seeds"], lines)
+
+
+def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Perplexity on held-out text and what carrying the state gains, with 95% intervals."""
+    lines = []
+    for one in rows:
+        p, g = one["perplexity"], one["gain"]
+        lines.append(
+            [
+                one["model"], str(one["train_seed"]), one["length"],
+                f"{p['mean']:.2f} ({p['low']:.2f} to {p['high']:.2f})",
+                f"{g['mean']:.4f} ({g['low']:.4f} to {g['high']:.4f})",
+            ]
+        )  # fmt: skip
+    return _table(["model", "seed", "length", "perplexity", "nats a token gained by carrying"], lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def plot(curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> Any:
+    """Perplexity against tokens, a panel a board, axes as in the paper.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("Curves need matplotlib: pip install 'mnemic[plots]'.") from error
+    figure = Figure(figsize=(5.5 * len(curves), 3.6), layout="constrained")
+    for axes, (name, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for entry, points in lines.items():
+            axes.plot(*zip(*points, strict=True), label=entry, linewidth=1)
+        axes.set(title=name, xlabel="tokens seen in training", ylabel="perplexity", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return figure

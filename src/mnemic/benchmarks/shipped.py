@@ -1,0 +1,160 @@
+"""The models that come with the package: made small enough for it, and opened by name.
+
+A shipped model is a folder under `mnemic/models`: weights in bfloat16, config, tokenizer, `experiment.toml`, `log.json`
+(what the training logged), `log-before.json` (of the run whose weights it began with, if it did) and `README.md`, its
+model card. It is read in float32.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import InputError, UnknownNameError
+from ..hosts import load, save
+from ..hosts.saving import HEADER
+from ..training.tokenizer import find_tokenizer
+from . import results
+from .experiment import LOG, SETTINGS
+from .jobs import DESCRIPTION, answers
+from .reproduction.recipe import Recipe
+from .trained import Trained, check_folder, open_run
+
+BEFORE = "log-before.json"
+MODELS = Path(__file__).parents[1] / "models"
+CARD = "README.md"
+MOST_BYTES = 10_000_000
+"""What a shipped model may take, all of its files."""
+
+
+def shipped() -> list[str]:
+    """Names of the models that this copy of the package has."""
+    return sorted(p.parent.name for p in MODELS.glob(f"*/{HEADER}"))
+
+
+def open_shipped(name: str) -> Trained:
+    """
+    Raises:
+        UnknownNameError: this copy of the package has no such model.
+    """
+    if name not in shipped():
+        raise UnknownNameError.of("shipped model", name, shipped())
+    return _opened(MODELS / name)
+
+
+def _opened(folder: Path) -> Trained:
+    known = open_run(folder)
+    return Trained(folder, known.model.float(), known.tokenizer, known.experiment)
+
+
+def export(
+    run: str | Path,
+    target: str | Path,
+    *,
+    title: str,
+    scores: list[Mapping[str, Any]],
+    before: str | Path | None = None,
+) -> Path:
+    """A run as a shipped model.
+
+    Args:
+        run: a finished run. target: a new folder. title: of its card. scores: as `results.summarise` gives them, for
+            the card; measured with the weights before they were rounded to bfloat16. before: the run whose weights this
+            one began with.
+
+    Raises:
+        DataError: no finished run. InputError: the folder exists, or the model is larger than `MOST_BYTES`.
+    """
+    run, target = Path(run), Path(target)
+    check_folder(run)
+    if target.exists():
+        raise InputError(f"{target} exists; name a new folder for the exported model.")
+    if not (run / LOG).is_file():
+        raise InputError(f"{run} holds no finished run; train it to its end first.")
+    model = load(run).to(torch.bfloat16)
+    room = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(room, ignore_errors=True)
+    try:
+        save(model, room, whole=True)
+        find_tokenizer(run, None).save_pretrained(room)
+        for name in (SETTINGS, LOG):
+            shutil.copyfile(run / name, room / name)
+        if before is not None:
+            shutil.copyfile(Path(before) / LOG, room / BEFORE)
+        (room / CARD).write_text(_card(room, title, scores), encoding="utf-8")
+        size = sum(p.stat().st_size for p in room.rglob("*"))
+        if size > MOST_BYTES:
+            raise InputError(f"{run}: its model takes {size:,} bytes in bfloat16, and a shipped one {MOST_BYTES:,}.")
+        room.rename(target)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+    return target
+
+
+def export_best(recipe: Recipe, folder: str | Path, target: str | Path) -> Path:
+    """The model of the recipe's `ship` entry that scored best on the main board, over all tasks and lengths; see
+    `export`. It is the best of a few seeds by the scores that its card shows, so those are a little too good.
+
+    Raises:
+        InputError: the recipe ships nothing, or no such model is finished.
+    """
+    folder = Path(folder)
+    jobs = [
+        job for job in recipe.comparison.jobs
+        if (job.board, job.entry) == (recipe.main, recipe.ship) and (folder / job.folder / DESCRIPTION).is_file()
+    ]  # fmt: skip
+    if not jobs:
+        raise InputError(f"{folder} has no finished model to export: entry {recipe.ship!r} of board {recipe.main!r}.")
+    found = {
+        job.folder: results.summarise([results.Evaluated(job.entry, log, job.seed) for log in answers(job, folder)])[0][
+            "scores"
+        ]
+        for job in jobs
+    }
+    best = max(jobs, key=lambda job: sum(s["official"]["mean"] for s in found[job.folder]) / len(found[job.folder]))
+    return export(
+        folder / best.folder, target, title=f"{recipe.model}, from {recipe.comparison.title}",
+        scores=found[best.folder], before=None if best.start is None else folder / best.start,
+    )  # fmt: skip
+
+
+def _card(folder: Path, title: str, scores: list[Mapping[str, Any]]) -> str:
+    log = json.loads((folder / LOG).read_text(encoding="utf-8"))
+    size = sum(part["total"] for part in log["parameters"].values())
+    begun = "from scratch"
+    if (folder / BEFORE).is_file():
+        before = json.loads((folder / BEFORE).read_text(encoding="utf-8"))
+        begun = f"on from a model that was trained {_trained(before)} (`{BEFORE}`)"
+    rows = [
+        f"| {s['task']} | {s['length']} | {100 * s['official']['mean']:.1f} "
+        f"({100 * s['official']['low']:.1f} to {100 * s['official']['high']:.1f}) | {s['count']} |"
+        for s in scores
+    ]
+    return "\n".join(
+        [
+            f"# {title}",
+            "",
+            f"{size:,} parameters, trained {_trained(log)}, {begun}. Every setting is in `{SETTINGS}`, what the "
+            f"training logged in `{LOG}`. Weights are rounded to bfloat16 and read in float32.",
+            "",
+            "It answers questions of bAbI and BABILong in the words of its vocabulary, and nothing else. Stories "
+            "and background of the tests are of a split that was not trained on.",
+            "",
+            "Accuracy in percent with 95% interval, official rule:",
+            "",
+            "| task | length | accuracy | samples |",
+            "| --- | --- | ---: | ---: |",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _trained(log: Mapping[str, Any]) -> str:
+    return (
+        f"on {log['summary']['tokens']:,} tokens in {log['seconds'] / 60:.0f} minutes ({log['device']}, threads: "
+        f"{log['threads']}, torch {log['versions']['torch']})"
+    )
