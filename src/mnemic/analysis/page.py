@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from . import figures
 from .drawing import Drawing, check_plots
+from .html import rendered
 from .inspection import Inspection
 from .reports import REPORTS
 from .slots import Share
@@ -33,14 +32,8 @@ def inspection_page(found: Inspection, title: str, facts: Mapping[str, str]) -> 
         MissingExtraError: no matplotlib.
     """
     drawn = [(one, inline(one, f"figure{number}-")) for number, one in enumerate(drawings(found), 1)]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return rendered(
+        Path(__file__).parent,
         title=title,
         facts=facts,
         drawn=drawn,
@@ -55,7 +48,7 @@ def inspection_page(found: Inspection, title: str, facts: Mapping[str, str]) -> 
         ],
         missing=[(name, REPORTS[name], reason) for name, reason in found.missing.items()],
         tokens=found.tokens,
-    ) + "\n"  # fmt: skip
+    )  # fmt: skip
 
 
 def _drawings(found: Inspection) -> Iterator[Drawing]:

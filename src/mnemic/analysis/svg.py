@@ -1,13 +1,9 @@
 """Drawings as SVG inside a page: no ids in common, nothing outside the page, a title that is read aloud."""
 
 import io
-from pathlib import Path
 from xml.etree import ElementTree
 
 from .drawing import Drawing, save
-
-STYLE_FOLDER = Path(__file__).parent
-"""Holds page.css, the style of all pages."""
 
 
 def inline(drawing: Drawing, prefix: str) -> str:

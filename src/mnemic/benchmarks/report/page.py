@@ -6,10 +6,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from ...analysis.drawing import check_plots
-from ...analysis.svg import STYLE_FOLDER, inline
+from ...analysis.html import rendered
+from ...analysis.svg import inline
 from .board import Board, Data, board
 from .figures import drawings
 from .tables import amount, facts, fixed, legend, percent, size, speeds_legend, spread
@@ -28,14 +27,8 @@ def page(results: Data, costs: Sequence[Data]) -> str:
     figures = [
         (drawing, inline(drawing, f"figure{number}-")) for number, drawing in enumerate(drawings(results, costs), 1)
     ]
-    environment = Environment(
-        loader=FileSystemLoader([Path(__file__).parent, STYLE_FOLDER]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return rendered(
+        Path(__file__).parent,
         title=results["title"],
         scale=results.get("scale"),
         settings=_as_text(results.get("settings")),
@@ -52,7 +45,7 @@ def page(results: Data, costs: Sequence[Data]) -> str:
         costs=[_cost(cost) for cost in costs],
         speeds=speeds_legend(results),
         text=_text(results),
-    ) + "\n"  # fmt: skip
+    )  # fmt: skip
 
 
 def _row(made: Board, model: Data, known: list[tuple[float | None, str]]) -> dict[str, Any]:
