@@ -77,6 +77,8 @@ EXCLUDED = {"lm2-reference": "needs segment = slots = width, and its released co
 FIRST = ("lm2", "none", "rmt", "window")
 """Memories whose first case is checked on all hosts by default; the others on three."""
 FEW_HOSTS = ("llama", "gpt2", "gemma2")
+WITH_SLOW = True
+"""Whether slow pairs are there at all; six in seven are slow, and pytest takes long to make and drop them."""
 
 
 def _first(name: str) -> tuple[str, dict[str, Any]]:
@@ -137,8 +139,9 @@ def pairs(
         usual = (usual_hosts if first else FEW_HOSTS) if c.usual else others
         for host in hosts:
             if host in c.hosts:
-                marks = () if host in usual and (not c.usual or host in usual_hosts) else pytest.mark.slow
-                params.append(pytest.param(c, host, id=f"{c.id}-{host}", marks=marks))
+                slow = host not in usual or (c.usual and host not in usual_hosts)
+                if WITH_SLOW or not slow:
+                    params.append(pytest.param(c, host, id=f"{c.id}-{host}", marks=pytest.mark.slow if slow else ()))
     return pytest.mark.parametrize("case, host", params)
 
 

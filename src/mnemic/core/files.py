@@ -139,8 +139,10 @@ def _checked(path: str, kind: str, metadata: Mapping[str, str], tensors: Mapping
         raise FileFormatError(f"{path} is a safetensors file that mnemic did not write; {expected}.")
     try:
         header = json.loads(metadata["mnemic"])
+        # Several spellings of a number are one number: the text is checked, too.
+        intact = metadata["mnemic"] == json.dumps(header, sort_keys=True)
         checksum = header.pop("checksum")
-        intact = checksum == _checksum(header, {name: t.cpu() for name, t in tensors.items()})
+        intact &= checksum == _checksum(header, {name: t.cpu() for name, t in tensors.items()})
         version, found = int(header["format_version"]), header["kind"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise FileFormatError(f"The header of {path} is damaged ({error}); restore the file from a copy.") from error
