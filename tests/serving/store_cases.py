@@ -17,6 +17,8 @@ import pytest
 from mnemic.serving.store import SessionStore, open_store
 
 KINDS = ("embedded", "encrypted", "postgres")
+MARK = b"PLANTED-MARKER-7319"
+T = "tenant"
 KEY = bytes(range(32))
 
 _schemas = itertools.count()
@@ -137,3 +139,15 @@ def _exists(user: str) -> bool:
     import pwd
 
     return any(entry.pw_name == user for entry in pwd.getpwall())
+
+
+def commit(store, session_id="s", expected=0, state=MARK * 100):
+    return store.commit(T, session_id, expected=expected, state=state, tokens_seen=expected + 1)
+
+
+def files(folder):
+    return [path for path in (folder / "states").rglob("*") if path.is_file()]
+
+
+def holding(folder, mark=MARK):
+    return [path.name for path in folder.rglob("*") if path.is_file() and mark in path.read_bytes()]

@@ -14,10 +14,7 @@ from mnemic.core.errors import ConfigError, FileFormatError, MissingExtraError
 from mnemic.serving.errors import SessionDamaged, SessionNotFound, StoreUnavailable
 from mnemic.serving.store import open_store
 
-from .store_cases import KEY
-
-MARK = b"PLANTED-MARKER-7319"
-T = "tenant"
+from .store_cases import KEY, MARK, T, commit, files, holding
 
 
 @pytest.fixture
@@ -30,18 +27,6 @@ def store(folder):
     made = open_store(folder, keep=3)
     yield made
     made.close()
-
-
-def commit(store, session_id="s", expected=0, state=MARK * 100):
-    return store.commit(T, session_id, expected=expected, state=state, tokens_seen=expected + 1)
-
-
-def files(folder):
-    return [path for path in (folder / "states").rglob("*") if path.is_file()]
-
-
-def holding(folder, mark=MARK):
-    return [path.name for path in folder.rglob("*") if path.is_file() and mark in path.read_bytes()]
 
 
 def test_a_deleted_session_leaves_no_byte(store, folder):
@@ -458,83 +443,3 @@ def test_addresses(tmp_path, monkeypatch):
     for keep in (0, -1, True, "8"):
         with pytest.raises(ConfigError, match="keep"):
             open_store(tmp_path / "plain", keep=keep)
-
-
-class TestEncrypted:
-    @pytest.fixture
-    def sealed(self, folder):
-        pytest.importorskip("cryptography")
-        made = open_store(folder, keys=[KEY])
-        made.create(T, session_id="s", metadata={"title": MARK.decode()})
-        commit(made)
-        yield made
-        made.close()
-
-    def test_nothing_readable_is_stored(self, sealed, folder):
-        assert sealed.get(T, "s").metadata == {"title": MARK.decode()}
-        assert sealed.load(T, "s")[1] == MARK * 100
-        assert files(folder)
-        assert holding(folder) == []
-
-    def test_two_seals_of_one_state_differ(self, sealed, folder):
-        commit(sealed, expected=1)
-        one, two = (path.read_bytes() for path in files(folder))
-        assert one[:16] == two[:16]
-        assert one[16:] != two[16:]
-
-    def test_keys_are_changed_without_writing_all_anew(self, sealed, folder):
-        sealed.close()
-        new = b"n" * 32
-        again = open_store(folder, keys=[new, KEY])
-        assert again.load(T, "s")[1] == MARK * 100
-        commit(again, expected=1)
-        again.close()
-        again = open_store(folder, keys=[new])
-        try:
-            with pytest.raises(SessionDamaged, match="add the one used then"):
-                again.get(T, "s")
-        finally:
-            again.close()
-
-    def test_another_tenant_cannot_open_it(self, sealed):
-        _, inner = sealed.store.load(T, "s")
-        sealed.store.create("thief", session_id="s")
-        sealed.store.commit("thief", "s", expected=0, state=inner, tokens_seen=1)
-        with pytest.raises(SessionDamaged, match="was changed"):
-            sealed.load("thief", "s")
-
-    def test_every_changed_bit_is_found(self, sealed):
-        _, inner = sealed.store.load(T, "s")
-        for place in (0, 8, 15, 16, 28, len(inner) // 2, len(inner) - 1):
-            changed = bytearray(inner)
-            changed[place] ^= 1
-            version = sealed.store.get(T, "s").version
-            sealed.store.commit(T, "s", expected=version, state=bytes(changed), tokens_seen=1)
-            with pytest.raises(SessionDamaged):
-                sealed.load(T, "s")
-        for length in (0, 7, 16, 20, 28, 40):
-            version = sealed.store.get(T, "s").version
-            sealed.store.commit(T, "s", expected=version, state=inner[:length] or b"x", tokens_seen=1)
-            with pytest.raises(SessionDamaged):
-                sealed.load(T, "s")
-
-    def test_a_store_written_without_keys(self, folder):
-        pytest.importorskip("cryptography")
-        plain = open_store(folder)
-        plain.create(T, session_id="s")
-        commit(plain)
-        plain.create(T, session_id="titled", metadata={"k": "v"})
-        plain.close()
-        sealed = open_store(folder, keys=[KEY])
-        try:
-            for call in (lambda: sealed.load(T, "s"), lambda: sealed.get(T, "titled")):
-                with pytest.raises(SessionDamaged, match="not encrypted"):
-                    call()
-        finally:
-            sealed.close()
-
-    @pytest.mark.parametrize("keys", [[b"short"], ["x" * 32], [KEY, b""]], ids=["short", "text", "second"])
-    def test_keys_that_are_none(self, folder, keys):
-        with pytest.raises(ConfigError, match="32 random bytes"):
-            open_store(folder, keys=keys)
-        assert not folder.exists()
