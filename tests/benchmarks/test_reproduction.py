@@ -129,16 +129,21 @@ def test_every_scale_has_a_recipe_with_the_models_of_the_paper(scale):
 
 
 @pytest.mark.parametrize("scale, words", [("cpu", 296), ("gpu", 4096)])
-def test_the_wide_host_is_as_large_as_lm2_on_the_host_it_begins_on(scale, words):
-    jobs = {j.entry: j for j in reproduction.recipe("lm2", scale).comparison.jobs if j.board == "main"}
+def test_models_of_the_main_board_are_equally_large_and_begin_on_their_own_first_board(scale, words):
+    found = reproduction.recipe("lm2", scale)
+    jobs = {j.entry: j for j in found.comparison.jobs if j.board == found.main and j.trained is None}
     tokenizer = listed_tokenizer(
         ["<pad>", "<unk>", "<eos>", *(f"w{i}" for i in range(words - 3))],
         pad_token="<pad>", unk_token="<unk>", eos_token="<eos>",
     )  # fmt: skip
-    sizes = {name: size(jobs[name].experiment, tokenizer) for name in ("lm2", "none wide", "none", "window")}
-    assert abs(sizes["lm2"] - sizes["none wide"]) < 3 * jobs["lm2"].experiment.host_options["hidden_size"] * 6
-    assert sizes["none"] == sizes["window"] < sizes["lm2"]
-    assert jobs["lm2"].start == jobs["none"].start != jobs["none wide"].start
+    first = {j.entry: j for j in found.comparison.jobs if j.board == "bind"}
+    assert jobs.keys() == first.keys()
+    for name, job in jobs.items():
+        # As near as one unit of width of the feed-forward allows, and the same model on both boards.
+        width = 3 * job.experiment.host_options["hidden_size"] * job.experiment.host_options.get("num_hidden_layers", 2)
+        assert abs(size(job.experiment, tokenizer) - job.experiment.parameters) <= width, name
+        assert size(job.experiment, tokenizer) == size(first[name].experiment, tokenizer)
+        assert job.start == first[job.entry].folder.parent / f"seed-{job.seed}"
 
 
 def size(experiment, tokenizer):

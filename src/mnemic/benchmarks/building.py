@@ -24,6 +24,7 @@ from .background import named
 from .chomsky import FormalExamples, FormalTask, formal_task
 from .examples import BabilongExamples, RecallExamples
 from .recall import RecallTask
+from .stories import StoryExamples
 from .token_tasks import TASKS, token_task
 
 if TYPE_CHECKING:
@@ -102,6 +103,15 @@ def formal_task_of(experiment: "Experiment") -> tuple[FormalTask, int, int]:
     return formal_task(experiment.tasks[0]), longest, steps
 
 
+def growth_of(experiment: "Experiment") -> tuple[int, int]:
+    """Steps between which the stories of task "stories" grow from telegrams to whole sentences."""
+    ConfigError.check_names("option of stories", experiment.task_options, ("growth",))
+    growth = experiment.task_options.get("growth", (0, 0))
+    if len(growth) != 2 or not all(isinstance(step, int) for step in growth) or not 0 <= growth[0] <= growth[1]:
+        raise ConfigError(f"growth = {list(growth)}, expected two steps, the first not after the second.")
+    return tuple(growth)
+
+
 def _fresh_config(experiment: "Experiment", tokenizer: Any) -> Any:
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     settings = {**SMALL_HOST, "vocab_size": len(tokenizer), **special, **experiment.host_options}
@@ -173,6 +183,11 @@ def examples(experiment: "Experiment", model: Any, tokenizer: Any) -> Any:
             data=experiment.data,
             seed=experiment.seed,
             vary_length=experiment.vary_length,
+        )
+    if experiment.task == "stories":
+        growth, seed = growth_of(experiment), experiment.seed
+        return StoryExamples(
+            experiment.tasks, tokenizer, experiment.counted, law, growth=growth, data=experiment.data, seed=seed
         )
     if experiment.prepared:
         assert experiment.data is not None

@@ -36,7 +36,7 @@ def ask_shipped(
     if name not in shipped():
         return []
     one = open_shipped(name)
-    if one.experiment is None or one.experiment.task != "babilong":
+    if one.experiment is None or not one.experiment.on_stories:
         raise UnsupportedError(f"The shipped model {name} was not trained on BABILong, so it cannot be asked here.")
     model = base_model(one.model)
     size = sum(p.numel() for p in model.parameters())

@@ -20,10 +20,10 @@ from ..core.truncation import Truncation
 from ..training import SegmentLaw
 from ..training.mixture import is_prepared
 from . import babi
-from .building import architectures, formal_task_of, task_of
+from .building import architectures, formal_task_of, growth_of, task_of
 from .token_tasks import TASKS as TOKEN_TASKS
 
-TASKS = ("babilong", "text", "recall", "chomsky", *TOKEN_TASKS)
+TASKS = ("babilong", "stories", "text", "recall", "chomsky", *TOKEN_TASKS)
 SETTINGS, LOG = "experiment.toml", "log.json"
 
 
@@ -42,10 +42,10 @@ class Experiment:
         default_factory=dict, metadata={"help": "settings of a fresh host's config; small by default"}
     )
     parameters: int | None = option(None, "widen a fresh host's feed-forward to so many parameters, memory included")
-    task: str = option("babilong", "what to train on: babilong, text, recall, chomsky or a token-level task")
-    tasks: tuple[str, ...] = option(("qa1",), "BABILong tasks, drawn in turn; chomsky: the one language")
+    task: str = option("babilong", "what to train on: babilong, stories, text, recall, chomsky or a token task")
+    tasks: tuple[str, ...] = option(("qa1",), "bAbI tasks, drawn in turn; chomsky: the one language")
     task_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "sizes of recall or of a token-level task"}
+        default_factory=dict, metadata={"help": "sizes of recall or of a token-level task; stories: growth"}
     )
     fact_segment: int | None = option(None, "recall: the segment of the fact (0: the first); None for any")
     vary_length: bool = option(True, "babilong: samples end anywhere in their last segment, not always at one place")
@@ -104,11 +104,13 @@ class Experiment:
             raise ConfigError("stateful = true: rows take the same number of segments at every step; give one number.")
         if self.stateful and not self.prepared:
             raise ConfigError('stateful = true reads prepared text: task = "text", data = what mnemic prepare wrote.')
-        for name in (*(self.tasks if self.task == "babilong" else ()), *(self.vocabulary_tasks or ())):
+        for name in (*(self.tasks if self.on_stories else ()), *(self.vocabulary_tasks or ())):
             if name not in babi.GENERATED_TASKS:
                 raise UnknownNameError.of("bAbI task", name, babi.GENERATED_TASKS)
         if self.task == "chomsky":
             formal_task_of(self)
+        elif self.task == "stories":
+            growth_of(self)
         elif self.task not in ("babilong", "text"):
             task_of(self)
         elif self.task_options:
@@ -152,11 +154,16 @@ class Experiment:
         return self.segment if self.unit is None else self.unit
 
     @property
+    def on_stories(self) -> bool:
+        """Whether bAbI is what is learned: BABILong's samples, or stories with questions in between."""
+        return self.task in ("babilong", "stories")
+
+    @property
     def by_segments(self) -> bool:
         """Whether samples have the numbers of segments that are drawn here, not sizes of their own."""
         if self.task == "chomsky":
             return False
-        return self.task in ("babilong", "text", "recall") or hasattr(task_of(self), "with_segments")
+        return self.on_stories or self.task in ("text", "recall") or hasattr(task_of(self), "with_segments")
 
     @property
     def prepared(self) -> bool:

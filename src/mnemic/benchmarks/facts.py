@@ -30,7 +30,7 @@ def fact_curve(trained: Trained, *, samples: int = 64, seed: int = 0) -> list[Ca
     experiment = trained.experiment
     if experiment is None:
         return []
-    if experiment.task == "babilong":
+    if experiment.on_stories:
         draws = {n: _people(trained.tokenizer, n, random.Random(f"{seed}|{n}")) for n in range(1, len(ACTORS) + 1)}
         return capacity_curve(trained.model, draws, chance=1 / len(PLACES), samples=samples)
     if experiment.task == "recall":

@@ -51,7 +51,7 @@ class Trained:
         trained = self.experiment.task
         if trained == "chomsky":
             return tuple(f"chomsky_{name}" for name in self.experiment.tasks)
-        return self.experiment.tasks if trained == "babilong" else (trained,)
+        return self.experiment.tasks if self.experiment.on_stories else (trained,)
 
     def description(self, name: str) -> dict[str, Any]:
         """For reports: memory, parameters, tokens trained on, and the bytes that a row carries after some segments."""

@@ -15,7 +15,8 @@ def train(
     ] = None,
     memory: Annotated[str | None, typer.Option(metavar="NAME", help="Memory: a name, or name:preset. [lm2]")] = None,
     task: Annotated[
-        str | None, typer.Option(metavar="TASK", help="babilong, text, recall, segment_mqar, chomsky, ... [babilong]")
+        str | None,
+        typer.Option(metavar="TASK", help="babilong, stories, text, recall, segment_mqar, chomsky, ... [babilong]"),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAMES", help="BABILong tasks, such as qa1,qa2; chomsky: one. [qa1]")
@@ -143,7 +144,7 @@ def _announce(experiment: Any, model: Any) -> None:
     from ..hosts import parameter_report
 
     report = parameter_report(model)
-    name = experiment.task if experiment.task != "babilong" else f"babilong {', '.join(experiment.tasks)}"
+    name = f"{experiment.task} {', '.join(experiment.tasks)}" if experiment.on_stories else experiment.task
     most = "->".join(map(str, experiment.most_segments))
     drawn = f"rows read on and on, {most}" if experiment.stateful else f"{experiment.least_segments} to {most}"
     device = "cuda" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -161,13 +162,15 @@ def _announce(experiment: Any, model: Any) -> None:
 def _source(experiment: Any) -> str:
     from ..benchmarks.babilong import data_folder
 
-    if experiment.task not in ("babilong", "text"):
+    if not experiment.on_stories and experiment.task != "text":
         sizes = experiment.task_options.items()
         return ", ".join(f"{key} = {value}" for key, value in sizes) or "standard sizes"
     if experiment.task == "text":
         return experiment.data or "prose that comes with Python"
     folder = data_folder(experiment.data)
-    return f"released stories and books in {folder}" if folder else "generated stories in prose that comes with Python"
+    if folder is None:
+        return "generated stories in prose that comes with Python"
+    return f"{'released' if experiment.task == 'babilong' else 'generated'} stories and books in {folder}"
 
 
 def _summarise(experiment: Any, log: dict[str, Any], output: Path) -> None:
