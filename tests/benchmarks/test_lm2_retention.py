@@ -1,0 +1,54 @@
+"""The retention script: what is held still stays, and the model is as it was afterwards."""
+
+import pytest
+import torch
+
+from benchmarks import lm2_retention
+from mnemic.benchmarks.experiment import Experiment
+from mnemic.benchmarks.runs import run
+from mnemic.hosts import load
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    settings = Experiment(
+        memory_options={"num_slots": 4}, task="stories", segment=64, most_segments=(1,), steps=1, batch_size=2,
+        vocabulary=300, host_options=small, save_every=0, warmup_steps=0, report_to=(),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("retention")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("MNEMIC_DATA", raising=False)
+        run(settings, folder, progress=False)
+    return folder
+
+
+def test_a_frozen_bank_stays_and_the_others_move(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(lm2_retention, "DISTANCES", (0, 1, 3))
+    monkeypatch.delenv("MNEMIC_DATA", raising=False)
+    found = lm2_retention.retention(trained, rows=3)
+    cosines = {name: [p["cosine"] for p in one["points"]] for name, one in found["readings"].items()}
+    assert cosines["frozen"] == pytest.approx([1.0] * 3, abs=1e-6)
+    assert all(c[0] == pytest.approx(1.0) and c[-1] < 1 - 1e-4 for name, c in cosines.items() if name != "frozen")
+    first = {name: one["points"][0]["accuracy"] for name, one in found["readings"].items()}
+    assert len(set(first.values())) == 1
+    shut = {name: one["diagnostics"] for name, one in found["readings"].items()}
+    keys = [key for key in shut["frozen"] if key.endswith("gate_in")]
+    assert keys
+    assert all(shut["no writing"][key] < 1e-6 < shut["as trained"][key] for key in keys)
+    lm2_retention.plot(found, tmp_path / "figures" / "r.png")
+    assert (tmp_path / "figures" / "r.png").stat().st_size > 5000
+
+
+def test_gates_are_as_they_were_after_a_failure(trained):
+    memory = load(trained).memory
+    before = [memory.bias_in.clone(), memory.bias_forget.clone()]
+    try:
+        with lm2_retention.held(memory, ("in", "forget")):
+            during = memory.bias_in.detach().max()
+            raise RuntimeError("stopped")
+    except RuntimeError:
+        pass
+    assert during < -1000
+    assert torch.equal(before[0], memory.bias_in)
+    assert torch.equal(before[1], memory.bias_forget)
