@@ -270,7 +270,34 @@ def lm2_blocks() -> str:
     from mnemic.benchmarks.reproduction.tables import text_table
 
     found = _lm2()
-    return _NOT_RUN if found is None else text_table(found["text"]["blocks"])
+    return _NOT_RUN if found is None or "blocks" not in found["text"] else text_table(found["text"]["blocks"])
+
+
+def lm2_lengths() -> str:
+    """The shipped model at multiples of its longest training samples."""
+    found = read("lm2/lengths.json")
+    rows = []
+    for score in found["models"][0]["scores"]:
+        right = score["official"]
+        interval = f"{100 * right['mean']:.0f} ({100 * right['low']:.0f} to {100 * right['high']:.0f})"
+        times = score["mean_tokens"] / _LONGEST
+        rows.append([score["length"], f"{score['mean_tokens']:,.0f}", f"{times:.1f}", str(score["count"]), interval])
+    return table(["length", "words read", "times its longest samples", "samples", "right, 95% interval"], rows)
+
+
+_LONGEST = 8 * 128
+"""Words of the longest samples that board main of the CPU scale trains on."""
+
+
+def lm2_retention() -> str:
+    """Right answers by segments read since the facts, with gates held and without."""
+    found = read("lm2/retention.json")
+    rows = []
+    for name, reading in found["readings"].items():
+        cells = [f"{100 * point['accuracy']:.0f}" for point in reading["points"]]
+        rows.append([name, *cells, f"{reading['points'][-1]['cosine']:.2f}"])
+    distances = [str(p["segments"]) for p in found["readings"]["as trained"]["points"]]
+    return table(["segments of background since the facts", *distances, "cosine at the end"], rows)
 
 
 _NOT_RUN = "Not run yet."
@@ -285,7 +312,7 @@ def _lm2_board(name: str) -> str:
     from mnemic.benchmarks.reproduction.tables import board_table
 
     found = _lm2()
-    return _NOT_RUN if found is None else board_table(found["boards"][name])
+    return _NOT_RUN if found is None or name not in found["boards"] else board_table(found["boards"][name])
 
 
 def built() -> str:
@@ -347,5 +374,6 @@ if __name__ == "__main__":
         "recurrent_stories": recurrent_stories, "transformer_xl_study": transformer_xl_study,
         "rmt_1m": rmt_1m, "lm2_claims": lm2_claims, "lm2_main": lm2_main, "lm2_margins": lm2_margins,
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
+        "lm2_lengths": lm2_lengths, "lm2_retention": lm2_retention,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

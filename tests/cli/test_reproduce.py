@@ -38,6 +38,17 @@ def test_refused(arguments, message):
     assert message in result.stderr
 
 
+def test_without_a_gpu_its_scale_is_counted_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    said = succeed("reproduce", "lm2", "--scale", "gpu", "--dry-run")
+    assert "Counted, not measured" in said.stderr
+    assert "main, rmt, seed 0" in said.stdout
+    refused = invoke("reproduce", "lm2", "--scale", "gpu", "--output", tmp_path / "run")
+    assert refused.exit_code == 2
+    assert "for a CUDA GPU" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_of_another_recipe_and_a_file(tmp_path):
     (tmp_path / "recipe.toml").write_text("another", encoding="utf-8")
     assert "by another recipe" in invoke("reproduce", "lm2", "--output", tmp_path).stderr

@@ -40,8 +40,10 @@ def reproduce(
     Writes:  DIR: recipe.toml, runs and logs as mnemic compare, report.html, findings.json, tables.md, curves.png.
              --export: weights in bfloat16, config, tokenizer, log, model card.
     """
+    import torch
+
     from ..benchmarks import reproduction
-    from ..core.errors import ConfigError
+    from ..core.errors import ConfigError, UnsupportedError
     from ._shared import quiet
 
     quiet()
@@ -51,8 +53,14 @@ def reproduce(
     recipe = reproduction.recipe(system, scale)
     if output is None and not dry_run:
         raise ConfigError("--output names the folder of the runs and tables; --dry-run needs none.")
+    counted = recipe.gpu and not torch.cuda.is_available()
+    if counted and not dry_run:
+        raise UnsupportedError(
+            f"The scale {scale} is for a CUDA GPU and there is none here. --dry-run counts what it would take; "
+            "--scale cpu runs here."
+        )
     _begin(recipe, output, dry_run)
-    found = _plan(recipe, output if output is not None and output.is_dir() else None, processes, threads)
+    found = _plan(recipe, output if output is not None and output.is_dir() else None, processes, threads, counted)
     if dry_run:
         return
     assert output is not None
@@ -86,18 +94,18 @@ def _begin(recipe: Any, output: Path | None, dry_run: bool) -> None:
     replace_atomically(kept, lambda temporary: temporary.write_text(recipe.text, encoding="utf-8"))
 
 
-def _plan(recipe: Any, folder: Path | None, processes: int, threads: int) -> list[Any]:
+def _plan(recipe: Any, folder: Path | None, processes: int, threads: int, counted: bool) -> list[Any]:
     """Every step with its cost; steps that are done cost nothing."""
     from ..benchmarks.babilong import data_folder
     from ..benchmarks.jobs import with_threads
-    from ..benchmarks.reproduction.cost import costs, shown
+    from ..benchmarks.reproduction.cost import PEAK, SMALL_SHARE, costs, shown
     from ._shared import console, table
 
     place = data_folder()
     source = f"released stories and novels of {place}" if place else "generated stories, prose that comes with Python"
     typer.echo(f"data: {source}; nothing is fetched", err=True)
     with with_threads(threads):
-        found = costs(recipe.comparison, folder, say=lambda text: typer.echo(text, err=True))
+        found = costs(recipe.comparison, folder, count=counted, say=lambda text: typer.echo(text, err=True))
     right = ("train tokens", "read tokens", "memory", "disk", "minutes")
     made = table(f"{recipe.comparison.title}, {recipe.comparison.scale}", "step", *right, right=right)
     for one in found:
@@ -109,6 +117,12 @@ def _plan(recipe: Any, folder: Path | None, processes: int, threads: int) -> lis
         made.add_row(name, *cells, f"{one.seconds / 60:.1f}")
     made.add_row("tables, report", "", "", "", "", "0.3")
     console().print(made)
+    if counted:
+        typer.echo(
+            f"Counted, not measured: no GPU is here. One of {PEAK / 1e12:.0f} teraflops, of which models this small "
+            f"are guessed to reach {SMALL_SHARE:.0%}; memory without activations.",
+            err=True,
+        )
     total = sum(one.seconds for one in found) / 60
     typer.echo(
         f"{total:.0f} minutes of training and measuring, about {total / processes:.0f} with --processes {processes}, "

@@ -11,11 +11,11 @@ from ...training.budget import training_memory
 from ..building import SMALL_HOST
 from ..expected import tokens_expected
 from ..experiment import Experiment
-from .cost import shown
+from .cost import PEAK, shown
 
 _GPUS = 64
-_PEAK, _SHARE = 989e12, 0.4
-"""Operations a second of an H100 or H200 in bfloat16, dense, as its maker states, and what of it training reaches."""
+_SHARE = 0.4
+"""Of what the GPU could do, what training of large models reaches."""
 
 
 def estimate(text: str) -> str:
@@ -32,13 +32,13 @@ def estimate(text: str) -> str:
     tokens = tokens_expected(experiment) * _GPUS
     # Forward and backward, and the forward pass again with replay.
     each = (8 if experiment.replay else 6) * sum(sizes)
-    hours = each * tokens / (_PEAK * _SHARE) / 3600
+    hours = each * tokens / (PEAK * _SHARE) / 3600
     return (
         f"parameters: {sum(sizes):,} ({sizes[0]:,} of the host, {sizes[1]:,} of the memory)\n"
         f"weights, gradients and AdamW in float32: {shown(one)} on one GPU, {shown(spread)} on each of {_GPUS}\n"
         f"tokens: {tokens:,} in {experiment.steps:,} steps on {_GPUS} GPUs\n"
         f"operations: {each * tokens:.1e} ({each / sum(sizes):.0f} a parameter and token)\n"
-        f"estimate: {hours:,.0f} GPU-hours at {_SHARE:.0%} of {_PEAK / 1e12:.0f} teraflops, "
+        f"estimate: {hours:,.0f} GPU-hours at {_SHARE:.0%} of {PEAK / 1e12:.0f} teraflops, "
         f"{hours / _GPUS / 24:.1f} days on {_GPUS} GPUs\n"
         "needed: those GPUs, 0.5 TB of prepared text, and disk for checkpoints of three times the weights each.\n"
         "Nothing was run."

@@ -7,6 +7,7 @@ A recipe is a file of `mnemic compare` with one table more, `[reproduction]`:
     compared = ["0k", "1k"]           # lengths over which they are taken
     curves = ["blocks"]               # boards whose training loss is drawn against tokens
     ship = "lm2"                      # the entry whose best model of the main board is exported
+    gpu = true                        # too much for a CPU: there it is counted, and not run
 """
 
 import tomllib
@@ -21,7 +22,7 @@ from ..comparison import Comparison
 SYSTEMS = ("lm2",)
 SCALES = ("smoke", "cpu", "gpu")
 _FOLDER = Path(__file__).parent
-_KEYS = ("main", "model", "others", "compared", "curves", "ship")
+_KEYS = ("main", "model", "others", "compared", "curves", "ship", "gpu")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Recipe:
     compared: tuple[str, ...]
     curves: tuple[str, ...]
     ship: str | None
+    gpu: bool
     text: str
 
 
@@ -81,5 +83,5 @@ def parse(text: str) -> Recipe:
             raise UnknownNameError.of(f"entry of board {told['main']}", entry, entries)
     return Recipe(
         comparison, told["main"], told["model"], tuple(told["others"]), tuple(told["compared"]),
-        tuple(told.get("curves", ())), told.get("ship"), text,
+        tuple(told.get("curves", ())), told.get("ship"), told.get("gpu", False), text,
     )  # fmt: skip
