@@ -57,6 +57,22 @@ def test_operations_are_those_of_the_products(measured):
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
+def test_operations_of_a_memory_whose_slots_are_parameters(tmp_path):
+    """With its diagnostics logged: the counter fails on parameters that are read without gradients."""
+    torch.manual_seed(0)
+    model = mnemic.attach(tiny_host(), "lm2:paper", segment=8, num_slots=4)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], logging_steps=1, save_strategy="no",
+        disable_tqdm=True, remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    data = TextExamples([random_ids(40).tolist()], 8, SegmentLaw(2, (2,), 2))
+    trainer = MeasuredTrainer(model, arguments, train_dataset=data, data_collator=Collator(), log_memory=True)
+    trainer.train()
+    assert summarise(trainer)["operations_per_token"] > 0
+    assert trainer.log_memory
+    assert any(key.startswith("memory/block0/") for line in trainer.state.log_history for key in line)
+
+
 def test_speed_is_of_the_steps_after_the_first(measured):
     trainer, summary = measured
     assert summary["tokens_per_second"] == pytest.approx(3 * 2 * 16 / trainer.seconds, rel=1e-3)

@@ -57,9 +57,14 @@ class MeasuredTrainer(MemoryTrainer):
             return None
         model: Any = self.model_wrapped
         model.train()
-        with self.compute_loss_context_manager(), FlopCounterMode(display=False) as counter:
-            loss = self.compute_loss(model, self._prepare_inputs(self._batch))
-            self.accelerator.backward(loss)
+        # Diagnostics are no part of training, and the counter fails on parameters that are read without gradients.
+        logged, self.log_memory = self.log_memory, False
+        try:
+            with self.compute_loss_context_manager(), FlopCounterMode(display=False) as counter:
+                loss = self.compute_loss(model, self._prepare_inputs(self._batch))
+                self.accelerator.backward(loss)
+        finally:
+            self.log_memory = logged
         model.zero_grad()
         return counter.get_total_flops() / _tokens(self._batch)
 
