@@ -273,6 +273,20 @@ def lm2_blocks() -> str:
     return _NOT_RUN if found is None or "blocks" not in found["text"] else text_table(found["text"]["blocks"])
 
 
+def lm2_first_run() -> str:
+    """What the first run of the CPU scale had done when it was stopped: loss by step, right answers by length."""
+    rows = []
+    for row in read("lm2/first_run.json")["rows"]:
+        shares = [row["accuracy"].get(length) for length in _FIRST_LENGTHS]
+        cells = ["–" if one is None else f"{100 * one['right'] / one['of']:.0f}" for one in shares]
+        losses = [f"{row['loss']['700']:.3f}", f"{list(row['loss'].values())[-1]:.3f}"]
+        rows.append([f"{row['board']}: {row['entry']}", str(row["seed"]), *losses, *cells])
+    return table(["board: model", "seed", "loss at step 700", "at the end", *_FIRST_LENGTHS], rows)
+
+
+_FIRST_LENGTHS = ("0k", "428", "812", "1k", "2k", "4k", "8k")
+
+
 def lm2_lengths() -> str:
     """The shipped model at multiples of its longest training samples."""
     found = read("lm2/lengths.json")
@@ -374,6 +388,6 @@ if __name__ == "__main__":
         "recurrent_stories": recurrent_stories, "transformer_xl_study": transformer_xl_study,
         "rmt_1m": rmt_1m, "lm2_claims": lm2_claims, "lm2_main": lm2_main, "lm2_margins": lm2_margins,
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
-        "lm2_lengths": lm2_lengths, "lm2_retention": lm2_retention,
+        "lm2_first_run": lm2_first_run, "lm2_lengths": lm2_lengths, "lm2_retention": lm2_retention,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

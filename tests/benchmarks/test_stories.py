@@ -112,6 +112,24 @@ def test_stories_that_do_not_follow_one_another_stay_alone(tokenizer):
     assert more == {"qa1": True, "qa7": False}
 
 
+def test_few_facts_in_long_samples(tokenizer):
+    known = {f for s in babi.generate("qa1", 3, "train", 1500) for f in s.facts}
+    fact = re.compile("|".join(sorted(map(re.escape, known), key=len, reverse=True)))
+    found = list(islice(StoryExamples(("qa1",), tokenizer, 64, SegmentLaw(8, (8,), batch=4), facts=5), 60))
+    facts = [len(fact.findall(spelled(tokenizer.decode(e["input_ids"])))) for e in found]
+    asked = [len(told(tokenizer, e)) for e in found]
+    assert all(448 < len(e["input_ids"]) <= 512 for e in found)
+    assert all(count <= 5 or questions_after_one_fact(found[i], fact, tokenizer) for i, count in enumerate(facts))
+    assert min(facts) == 1
+    assert max(asked) >= 4
+
+
+def questions_after_one_fact(example, fact, tokenizer) -> bool:
+    """Whether all questions stand behind the last fact: then these facts are what the first of them took."""
+    first, _ = told(tokenizer, example)[0]
+    return len(fact.findall(spelled(first))) == len(fact.findall(spelled(tokenizer.decode(example["input_ids"]))))
+
+
 def test_bad_settings_are_named(tokenizer):
     with pytest.raises(ConfigError, match="no room for a story"):
         StoryExamples(("qa1",), tokenizer, 16, SegmentLaw(1, (2,), batch=4))
@@ -119,8 +137,8 @@ def test_bad_settings_are_named(tokenizer):
         StoryExamples(("qa1",), tokenizer, 64, SegmentLaw(1, (2,), batch=4), growth=(5, 2))
     with pytest.raises(ConfigError, match="No story of qa3"):
         next(iter(StoryExamples(("qa3",), tokenizer, 32, SegmentLaw(1, (1,), batch=4))))
-    for options in ({"growth": [1]}, {"growth": [2, 1]}, {"growth": ["a", "b"]}, {"grow": [1, 2]}):
-        with pytest.raises(ConfigError, match="grow"):
+    for options in ({"growth": [1]}, {"growth": [2, 1]}, {"growth": ["a", "b"]}, {"grow": [1, 2]}, {"facts": 0}):
+        with pytest.raises(ConfigError, match=r"grow|facts"):
             Experiment(task="stories", task_options=options)
 
 

@@ -103,13 +103,16 @@ def formal_task_of(experiment: "Experiment") -> tuple[FormalTask, int, int]:
     return formal_task(experiment.tasks[0]), longest, steps
 
 
-def growth_of(experiment: "Experiment") -> tuple[int, int]:
-    """Steps between which the stories of task "stories" grow from telegrams to whole sentences."""
-    ConfigError.check_names("option of stories", experiment.task_options, ("growth",))
+def story_options(experiment: "Experiment") -> dict[str, Any]:
+    """Options of task "stories", as `StoryExamples` takes them."""
+    ConfigError.check_names("option of stories", experiment.task_options, ("growth", "facts"))
     growth = experiment.task_options.get("growth", (0, 0))
     if len(growth) != 2 or not all(isinstance(step, int) for step in growth) or not 0 <= growth[0] <= growth[1]:
         raise ConfigError(f"growth = {list(growth)}, expected two steps, the first not after the second.")
-    return tuple(growth)
+    facts = experiment.task_options.get("facts")
+    if facts is not None and (not isinstance(facts, int) or facts < 1):
+        raise ConfigError(f"facts = {facts!r}, expected a number of facts, at least 1.")
+    return {"growth": tuple(growth), "facts": facts}
 
 
 def _fresh_config(experiment: "Experiment", tokenizer: Any) -> Any:
@@ -185,9 +188,9 @@ def examples(experiment: "Experiment", model: Any, tokenizer: Any) -> Any:
             vary_length=experiment.vary_length,
         )
     if experiment.task == "stories":
-        growth, seed = growth_of(experiment), experiment.seed
+        options = story_options(experiment)
         return StoryExamples(
-            experiment.tasks, tokenizer, experiment.counted, law, growth=growth, data=experiment.data, seed=seed
+            experiment.tasks, tokenizer, experiment.counted, law, data=experiment.data, seed=experiment.seed, **options
         )
     if experiment.prepared:
         assert experiment.data is not None

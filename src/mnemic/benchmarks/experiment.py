@@ -20,7 +20,7 @@ from ..core.truncation import Truncation
 from ..training import SegmentLaw
 from ..training.mixture import is_prepared
 from . import babi
-from .building import architectures, formal_task_of, growth_of, task_of
+from .building import architectures, formal_task_of, story_options, task_of
 from .token_tasks import TASKS as TOKEN_TASKS
 
 TASKS = ("babilong", "stories", "text", "recall", "chomsky", *TOKEN_TASKS)
@@ -45,7 +45,7 @@ class Experiment:
     task: str = option("babilong", "what to train on: babilong, stories, text, recall, chomsky or a token task")
     tasks: tuple[str, ...] = option(("qa1",), "bAbI tasks, drawn in turn; chomsky: the one language")
     task_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "sizes of recall or of a token-level task; stories: growth"}
+        default_factory=dict, metadata={"help": "sizes of recall or of a token-level task; stories: growth, facts"}
     )
     fact_segment: int | None = option(None, "recall: the segment of the fact (0: the first); None for any")
     vary_length: bool = option(True, "babilong: samples end anywhere in their last segment, not always at one place")
@@ -110,7 +110,7 @@ class Experiment:
         if self.task == "chomsky":
             formal_task_of(self)
         elif self.task == "stories":
-            growth_of(self)
+            story_options(self)
         elif self.task not in ("babilong", "text"):
             task_of(self)
         elif self.task_options:

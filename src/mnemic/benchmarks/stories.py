@@ -10,7 +10,6 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from ..core.errors import ConfigError, InputError
@@ -39,8 +38,8 @@ QUESTIONS = (0.1, 0.3, 0.5)
 _READ = 24
 """Facts that those are answered from, the last ones: older ones may go unasked, none is answered wrongly."""
 
-_BLOCK = 16
-"""Tokens of facts and their questions, roughly."""
+_FACT = 12
+"""Tokens of a fact with its share of the questions, roughly."""
 
 _TRIES = 50
 
@@ -58,6 +57,8 @@ class StoryExamples(Positioned):
         tasks: "qa1" ...; drawn in turn. segment: tokens of a segment. law: how many segments a sample has.
         growth: optimiser steps (batches) up to which stories are telegraphic, and from which they are whole, with
             their background. (0, 0): whole from the start.
+        facts: at most so many facts before the last question, where stories are whole; None for as many as fit. Few in
+            long samples teach a memory to keep them (bAbI's own stories have at most 10), many to replace them.
         data: folder whose books are the background, or None; see `open_babilong`. Stories are always generated.
 
     Raises:
@@ -74,6 +75,7 @@ class StoryExamples(Positioned):
         law: SegmentLaw,
         *,
         growth: tuple[int, int] = (0, 0),
+        facts: int | None = None,
         data: Any = None,
         seed: int = 0,
     ):
@@ -85,7 +87,7 @@ class StoryExamples(Positioned):
                 "least, or longer ones."
             )
         self.tasks, self.tokenizer, self.segment, self.law = tasks, tokenizer, segment, law
-        self.growth, self.seed = growth, seed
+        self.growth, self.facts, self.seed = growth, facts, seed
         folder = data_folder(data)
         self.haystack = Haystack(named("books" if folder else "prose", "train", folder), tokenizer)
 
@@ -104,7 +106,7 @@ class StoryExamples(Positioned):
         task = self.tasks[position % len(self.tasks)]
         plan = _Plan(task, share, QUESTIONS[-1], None)
         if grown == 1:
-            plan = _Plan(task, share, rng.choice(QUESTIONS), max(1, int((length / _BLOCK) ** rng.random())))
+            plan = _Plan(task, share, rng.choice(QUESTIONS), self._count(length, rng))
         units = self._units(plan, length, rng) or self._units(plan, most, rng)
         if not units:
             raise ConfigError(
@@ -124,6 +126,10 @@ class StoryExamples(Positioned):
             labels=[label for _, (_, labels) in parts for label in labels],
         )
 
+    def _count(self, length: int, rng: random.Random) -> int:
+        most = length // _FACT if self.facts is None else min(self.facts, length // _FACT)
+        return max(1, round(most ** rng.random()))
+
     def _grown(self, position: int) -> float:
         begin, end = self.growth
         step = position // self.law.batch
@@ -134,9 +140,11 @@ class StoryExamples(Positioned):
         for _ in range(_TRIES):
             units: list[Unit] = []
             room = length
-            for block in islice(self._blocks(plan, rng), plan.blocks):
+            told = 0
+            for block in self._blocks(plan, rng):
                 room -= sum(len(ids) for ids, _ in block)
-                if room < 0:
+                told += sum(labels[-1] == IGNORED for _, labels in block)
+                if room < 0 or (units and plan.facts is not None and told > plan.facts):
                     break
                 units += block
             if units:
@@ -180,7 +188,7 @@ class StoryExamples(Positioned):
         return ids, labels
 
     def _content(self) -> Iterator[Any]:
-        yield self.tasks, self.segment, self.law.content(), self.law.batch, self.growth, self.seed
+        yield self.tasks, self.segment, self.law.content(), self.law.batch, self.growth, self.facts, self.seed
         yield tokenizer_fingerprint(self.tokenizer)
         for document in self.haystack.documents:
             yield document.name, document.text
@@ -189,12 +197,12 @@ class StoryExamples(Positioned):
 @dataclass(frozen=True)
 class _Plan:
     """Of one sample. share: of the empty words that are kept. questions: chance of one behind a fact, and of one more
-    behind a question. blocks: of facts up to a question, at most; None for as many as fit."""
+    behind a question. facts: at most, unless one question takes more; None for as many as fit."""
 
     task: str
     share: float
     questions: float
-    blocks: int | None
+    facts: int | None
 
 
 def _answer(task: str, facts: Sequence[str], question: str) -> str | None:
