@@ -284,6 +284,18 @@ def lm2_first_run() -> str:
     return table(["board: model", "seed", "loss at step 700", "at the end", *_FIRST_LENGTHS], rows)
 
 
+def lm2_trials() -> str:
+    """Settings of board main that were tried on LM2: right answers by length, and what the input gates came to."""
+    rows = []
+    for row in read("lm2/trials.json")["rows"]:
+        scores = [
+            f"{100 * s['mean']:.0f} ({100 * s['low']:.0f} to {100 * s['high']:.0f})" for s in row["scores"].values()
+        ]
+        gates = ", ".join(f"{row['gates'][f'block{block}/gate_in']:.2f}" for block in (0, 1))
+        rows.append([row["what"], *scores, gates])
+    return table(["board main of LM2", *read("lm2/trials.json")["rows"][0]["scores"], "input gates"], rows)
+
+
 _FIRST_LENGTHS = ("0k", "428", "812", "1k", "2k", "4k", "8k")
 
 
@@ -299,7 +311,7 @@ def lm2_lengths() -> str:
     return table(["length", "words read", "times its longest samples", "samples", "right, 95% interval"], rows)
 
 
-_LONGEST = 8 * 128
+_LONGEST = 16 * 256
 """Words of the longest samples that board main of the CPU scale trains on."""
 
 
@@ -388,6 +400,6 @@ if __name__ == "__main__":
         "recurrent_stories": recurrent_stories, "transformer_xl_study": transformer_xl_study,
         "rmt_1m": rmt_1m, "lm2_claims": lm2_claims, "lm2_main": lm2_main, "lm2_margins": lm2_margins,
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
-        "lm2_first_run": lm2_first_run, "lm2_lengths": lm2_lengths, "lm2_retention": lm2_retention,
+        "lm2_first_run": lm2_first_run, "lm2_trials": lm2_trials, "lm2_lengths": lm2_lengths, "lm2_retention": lm2_retention,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

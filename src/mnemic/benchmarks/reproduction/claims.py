@@ -14,7 +14,7 @@ def claims(found: Mapping[str, Any] | None) -> str:
     rows = [
         ["LM2 over RMT, 0K to 4K", "+37.1%", _margin(found, "rmt")],
         ["LM2 over Llama-3.2 (here: the host alone)", "+86.3%", _margin(found, "none")],
-        ["LM2 over the host that attends to all that the longest samples have", "–", _margin(found, "window")],
+        ["LM2 over the host with attention over four segments", "–", _margin(found, "window")],
         *(_lengths(found, length) for length in printed.COMPARED),
         ["LM2, RMT, host at 8K and beyond", _printed(">=8K", None), _ours(found, "8k", None)],
         *(
@@ -22,7 +22,6 @@ def claims(found: Mapping[str, Any] | None) -> str:
             for length, task in _SINGLE
         ),
         ["Equations as printed against with token content written, 1K", "–", _variant(found, "lm2 as printed")],
-        ["One bank a block against one for all, 1K", "–", _variant(found, "lm2 per layer")],
         ["Memory in more blocks: lower perplexity", "1 of 16 near the host; 16 clearly best", _blocks(found)],
         ["MMLU, LM2 / RMT / host", "29.4 / 26.5 / 28.0", _SMALL if found is not None else _NONE],
     ]
