@@ -400,6 +400,7 @@ if __name__ == "__main__":
         "recurrent_stories": recurrent_stories, "transformer_xl_study": transformer_xl_study,
         "rmt_1m": rmt_1m, "lm2_claims": lm2_claims, "lm2_main": lm2_main, "lm2_margins": lm2_margins,
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
-        "lm2_first_run": lm2_first_run, "lm2_trials": lm2_trials, "lm2_lengths": lm2_lengths, "lm2_retention": lm2_retention,
+        "lm2_first_run": lm2_first_run, "lm2_trials": lm2_trials, "lm2_lengths": lm2_lengths,
+        "lm2_retention": lm2_retention,
     }  # fmt: skip
     print(tables[sys.argv[1]]())
