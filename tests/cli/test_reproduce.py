@@ -40,9 +40,13 @@ def test_refused(arguments, message):
 
 def test_without_a_gpu_its_scale_is_counted_and_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    text = SMALL.replace('ship = "lm2"', 'ship = "lm2"\ngpu = true').replace(
+        "steps = 2", "steps = 2\nparameters = 9000"
+    )
+    monkeypatch.setattr(reproduction, "recipe", lambda system, scale: parse(text))
     said = succeed("reproduce", "lm2", "--scale", "gpu", "--dry-run")
     assert "Counted, not measured" in said.stderr
-    assert "main, rmt, seed 0" in said.stdout
+    assert "main, lm2, seed 0" in said.stdout
     refused = invoke("reproduce", "lm2", "--scale", "gpu", "--output", tmp_path / "run")
     assert refused.exit_code == 2
     assert "for a CUDA GPU" in refused.stderr
