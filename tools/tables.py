@@ -299,33 +299,6 @@ def lm2_trials() -> str:
 _FIRST_LENGTHS = ("0k", "428", "812", "1k", "2k", "4k", "8k")
 
 
-def lm2_lengths() -> str:
-    """The shipped model at multiples of its longest training samples."""
-    found = read("lm2/lengths.json")
-    rows = []
-    for score in found["models"][0]["scores"]:
-        right = score["official"]
-        interval = f"{100 * right['mean']:.0f} ({100 * right['low']:.0f} to {100 * right['high']:.0f})"
-        times = score["mean_tokens"] / _LONGEST
-        rows.append([score["length"], f"{score['mean_tokens']:,.0f}", f"{times:.1f}", str(score["count"]), interval])
-    return table(["length", "words read", "times its longest samples", "samples", "right, 95% interval"], rows)
-
-
-_LONGEST = 16 * 256
-"""Words of the longest samples that board main of the CPU scale trains on."""
-
-
-def lm2_retention() -> str:
-    """Right answers by segments read since the facts, with gates held and without."""
-    found = read("lm2/retention.json")
-    rows = []
-    for name, reading in found["readings"].items():
-        cells = [f"{100 * point['accuracy']:.0f}" for point in reading["points"]]
-        rows.append([name, *cells, f"{reading['points'][-1]['cosine']:.2f}"])
-    distances = [str(p["segments"]) for p in found["readings"]["as trained"]["points"]]
-    return table(["segments of background since the facts", *distances, "cosine at the end"], rows)
-
-
 _NOT_RUN = "Not run yet."
 
 
@@ -400,7 +373,6 @@ if __name__ == "__main__":
         "recurrent_stories": recurrent_stories, "transformer_xl_study": transformer_xl_study,
         "rmt_1m": rmt_1m, "lm2_claims": lm2_claims, "lm2_main": lm2_main, "lm2_margins": lm2_margins,
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
-        "lm2_first_run": lm2_first_run, "lm2_trials": lm2_trials, "lm2_lengths": lm2_lengths,
-        "lm2_retention": lm2_retention,
+        "lm2_first_run": lm2_first_run, "lm2_trials": lm2_trials,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

@@ -42,6 +42,15 @@ class RecallExamples(Positioned):
         yield self.task, self.law.content(), self.seed, self.fact_segment
 
 
+def check_room(law: SegmentLaw, segment: int, tokens: int) -> None:
+    """Raises `ConfigError` where the shortest samples have less room than a story and its question need."""
+    if law.least * segment < tokens:
+        raise ConfigError(
+            f"{law.least} segment(s) of {segment} tokens leave no room for a story; train on more segments at "
+            "least, or longer ones."
+        )
+
+
 class BabilongExamples(Positioned):
     """Endless BABILong samples of a whole number of segments, question and answer at the end, loss on the answer.
 
@@ -72,11 +81,7 @@ class BabilongExamples(Positioned):
         seed: int = 0,
         vary_length: bool = True,
     ):
-        if law.least * segment < self.RESERVE + self.SHORTEST:
-            raise ConfigError(
-                f"{law.least} segment(s) of {segment} tokens leave no room for a story; train on more segments at "
-                "least, or longer ones."
-            )
+        check_room(law, segment, self.RESERVE + self.SHORTEST)
         self.tasks, self.tokenizer, self.segment, self.law, self.seed = tasks, tokenizer, segment, law, seed
         self.vary_length = vary_length
         folder = data_folder(data)

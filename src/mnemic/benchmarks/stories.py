@@ -2,8 +2,8 @@
 
 The answer of a bAbI question stands some words behind the name that it belongs to. From whole sentences a model of two
 layers needs thousands of steps to find that out: until then it names a place that was mentioned, and that scores too
-well (docs/lm2.md has the trials). Telegraphic stories ("Mary kitchen John garden Mary kitchen") it reads after some
-hundred steps, and keeps reading them while the words that carry nothing come back.
+well (docs/lm2.md has the trials). Telegraphic stories ("Mary kitchen John garden Mary kitchen") it often reads after
+some hundred steps, and then keeps reading them while the words that carry nothing come back; not with every seed.
 """
 
 import random
@@ -21,6 +21,7 @@ from . import babi
 from .babi.worlds import WORLDS
 from .babilong import data_folder
 from .background import named
+from .examples import check_room
 from .haystack import Haystack, Reader
 
 EMPTY_WORDS = frozenset({
@@ -36,7 +37,7 @@ QUESTIONS = (0.1, 0.3, 0.5)
 """Chances of a question behind a fact, one for a sample; while stories grow, the last."""
 
 _READ = 24
-"""Facts that those are answered from, the last ones: older ones may go unasked, none is answered wrongly."""
+"""Facts that those are answered from, the last ones; what only older ones tell goes unasked."""
 
 _FACT = 12
 """Tokens of a fact with its share of the questions, roughly."""
@@ -81,11 +82,7 @@ class StoryExamples(Positioned):
     ):
         if not 0 <= growth[0] <= growth[1]:
             raise ConfigError(f"growth = {list(growth)}, expected two steps, the first not after the second.")
-        if law.least * segment < self.SHORTEST:
-            raise ConfigError(
-                f"{law.least} segment(s) of {segment} tokens leave no room for a story; train on more segments at "
-                "least, or longer ones."
-            )
+        check_room(law, segment, self.SHORTEST)
         self.tasks, self.tokenizer, self.segment, self.law = tasks, tokenizer, segment, law
         self.growth, self.facts, self.seed = growth, facts, seed
         folder = data_folder(data)
