@@ -2,13 +2,14 @@
 
 import importlib.util
 import itertools
+from concurrent.futures import Future
 
 import pytest
 from filelock import FileLock
 
 from mnemic.benchmarks import jobs, log
-from mnemic.benchmarks.comparison import Comparison
-from mnemic.benchmarks.jobs import run_jobs
+from mnemic.benchmarks.comparison import Comparison, Job
+from mnemic.benchmarks.jobs import Outcome, run_jobs
 from mnemic.benchmarks.leaderboard import leaderboard
 from mnemic.benchmarks.report import write_report
 from mnemic.benchmarks.trained import open_run
@@ -309,8 +310,21 @@ def test_boards_have_entries_and_seeds_of_their_own_and_entries_are_measured_oth
     assert end.model == tuned.folder != end.folder
     assert end.experiment == tuned.experiment
     assert (tuned.evaluations[0].prompt, end.evaluations[0].prompt) == ("whole", "truncated:40")
-    assert jobs.waves(made) == [[text], [tuned], [end]]
-    assert jobs.waves([tuned, end]) == [[tuned], [end]]
+    # Listed the other way round, and alone: each begins when what it needs has ended.
+    assert begun([end, tuned, text]) == [text, tuned, end]
+    assert begun([end, tuned]) == [tuned, end]
+
+
+def begun(made: list[Job]) -> list[Job]:
+    """Jobs in the order in which they are begun, where two may run at a time."""
+    order: list[Job] = []
+
+    def begin(job: Job) -> "Future[Outcome]":
+        order.append(job)
+        return jobs.done(Outcome(job))
+
+    assert [outcome.job for outcome in jobs.in_order(made, 2, begin)] == order
+    return order
 
 
 @pytest.mark.parametrize(

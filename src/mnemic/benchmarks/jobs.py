@@ -8,8 +8,8 @@ and stops nothing; other errors (a full disk, a damaged log, data that are missi
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -73,45 +73,58 @@ def run_jobs(
 def _outcomes(
     jobs: Sequence[Job], folder: Path, processes: int, threads: int, ray: str | None
 ) -> Iterator[Outcome]:  # fmt: skip
-    for wave in waves(jobs):
-        yield from _wave(wave, folder, processes, threads, ray)
-
-
-def waves(jobs: Sequence[Job]) -> list[list[Job]]:
-    """The jobs in groups: each needs models of the groups before it alone. Models that are missing are no jobs here."""
-    depth: dict[Path, int] = {}
-    # Boards begin with models of boards further up, and what measures a model of another entry may stand before it.
-    for job in sorted(jobs, key=lambda job: job.trained is not None):
-        needed = job.start if job.trained is None else job.model
-        depth[job.folder] = 0 if needed is None else depth.get(needed, -1) + 1
-    most = max(depth.values(), default=-1)
-    return [[job for job in jobs if depth[job.folder] == one] for one in range(most + 1)]
-
-
-def _wave(
-    jobs: Sequence[Job], folder: Path, processes: int, threads: int, ray: str | None
-) -> Iterator[Outcome]:  # fmt: skip
     if ray is not None:
         yield from _with_ray(jobs, folder, threads, ray)
     elif processes == 1:
         with with_threads(threads):
-            yield from (do(job, folder) for job in jobs)
+            yield from in_order(jobs, 1, lambda job: done(do(job, folder)))
     else:
         # Spawned: a forked process with torch's threads in it may hang.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _begin_child, (threads,)) as pool:
-            started = [pool.submit(do, job, folder) for job in jobs]
+        with futures.ProcessPoolExecutor(processes, context, _begin_child, (threads,)) as pool:
             try:
-                yield from (done.result() for done in as_completed(started))
+                yield from in_order(jobs, processes, lambda job: pool.submit(do, job, folder))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
 
 
+def in_order(
+    jobs: Sequence[Job], most: int, begin: Callable[[Job], "futures.Future[Outcome]"]
+) -> Iterator[Outcome]:  # fmt: skip
+    """Begin each job once the job whose model it needs has ended, so many at a time, those first that are listed first.
+
+    Models that are no job's here count as there.
+    """
+    left = list(jobs)
+    running: dict[futures.Future[Outcome], Job] = {}
+    while left or running:
+        waiting = {job.folder for job in (*left, *running.values())}
+        free = [job for job in left if _needed(job) not in waiting]
+        for job in free[: most - len(running)]:
+            left.remove(job)
+            running[begin(job)] = job
+        for ended in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+            del running[ended]
+            yield ended.result()
+
+
+def _needed(job: Job) -> Path | None:
+    """Folder of the model that it begins with or measures, where that is another job's."""
+    return job.start if job.trained is None else job.model
+
+
+def done(outcome: Outcome) -> "futures.Future[Outcome]":
+    """A future that has ended."""
+    future: futures.Future[Outcome] = futures.Future()
+    future.set_result(outcome)
+    return future
+
+
 def do(job: Job, folder: Path) -> Outcome:
     """Train, or go on with it; answer what has not been answered; leave DESCRIPTION, which ends the job."""
     place = folder / job.folder
-    needed = job.start if job.trained is None else job.model
+    needed = _needed(job)
     ready = job.trained is None and _trained(job, place)
     if needed is not None and not ready and not (folder / needed / LOG).is_file():
         return Outcome(job, f"needs the model {needed}, which was not trained")
@@ -161,10 +174,8 @@ def _with_ray(jobs: Sequence[Job], folder: Path, threads: int, address: str) -> 
 
     try:
         task: Any = ray.remote(num_cpus=threads, num_gpus=gpus)(remote)
-        left = [task.remote(job) for job in jobs]
-        while left:
-            done, left = ray.wait(left)
-            yield from ray.get(done)
+        # All that are free at once: the cluster knows how many it can do.
+        yield from in_order(jobs, len(jobs), lambda job: task.remote(job).future())
     finally:
         ray.shutdown()
 

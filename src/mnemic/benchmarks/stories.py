@@ -36,6 +36,10 @@ FOLLOWING = ("qa1", "qa2", "qa3", "qa6", "qa9", "qa10")
 QUESTIONS = (0.1, 0.3, 0.5)
 """Chances of a question behind a fact, one for a sample; while stories grow, the last."""
 
+EARLIER = 0.8
+"""Share of the questions that, where there are such, do not take the last fact: else what was said last is the answer
+so often that small models stop at that."""
+
 _READ = 24
 """Facts that those are answered from, the last ones; what only older ones tell goes unasked."""
 
@@ -149,31 +153,27 @@ class StoryExamples(Positioned):
         return []
 
     def _blocks(self, plan: "_Plan", rng: random.Random) -> Iterator[list[Unit]]:
-        """Facts, and behind any of them questions that the stories so far ask and their facts answer by then.
-
-        In bAbI a question follows two new facts, so that the answer is most often what was said last, and small models
-        stop at that.
-        """
-        told: list[str] = []
+        """Facts, and behind any of them questions that the stories so far ask and their facts answer by then."""
+        told = _Told(plan.task)
         asked: dict[str, None] = {}
         block: list[Unit] = []
         while True:
             story = list(WORLDS[plan.task](rng))
-            asked |= dict.fromkeys(question.strip() for _, question, _, _ in story)
+            asked |= dict.fromkeys(question for _, question, _, _ in story)
             for fact in story[-1][0]:
-                told.append(fact)
+                told.facts.append(fact)
                 block.append(self._unit(fact, None, plan, rng))
                 while rng.random() < plan.questions:
-                    question = rng.choice(list(asked))
-                    answer = _answer(plan.task, told[-_READ:], question)
-                    if answer is not None:
-                        block.append(self._unit(question, answer, plan, rng))
+                    question = told.question(list(asked), rng)
+                    if question is not None:
+                        block.append(self._unit(question, told.answer(question), plan, rng))
                 if block[-1][1][-1] != IGNORED:
                     yield block
                     block = []
             if plan.task not in FOLLOWING:
-                _, question, answer, _ = story[-1]
-                yield [*block, self._unit(question, answer, plan, rng)]
+                question = story[-1][1]
+                if told.asks(question):
+                    yield [*block, self._unit(question, told.answer(question), plan, rng)]
                 return
 
     def _unit(self, text: str, answer: str | None, plan: "_Plan", rng: random.Random) -> Unit:
@@ -202,12 +202,39 @@ class _Plan:
     facts: int | None
 
 
-def _answer(task: str, facts: Sequence[str], question: str) -> str | None:
-    """None where these facts do not answer the question."""
-    try:
-        return babi.oracle(task, facts, question)
-    except InputError:
-        return None
+class _Told:
+    """The facts of a sample so far, and what they answer."""
+
+    def __init__(self, task: str):
+        self.task = task
+        self.facts: list[str] = []
+        self._answers: dict[tuple[int, str], str | None] = {}
+
+    def answer(self, question: str, without: int = 0) -> str | None:
+        """None where the facts, without so many of the last, do not answer it."""
+        count = len(self.facts) - without
+        if (count, question) not in self._answers:
+            try:
+                found = babi.oracle(self.task, self.facts[max(count - _READ, 0) : count], question)
+            except InputError:
+                found = None
+            self._answers[count, question] = found
+        return self._answers[count, question]
+
+    def asks(self, question: str) -> bool:
+        """Whether training may ask it here: it has an answer, and facts and question are not kept for tests."""
+        return self.answer(question) is not None and babi.split_of(self.facts, question) != "test"
+
+    def question(self, asked: Sequence[str], rng: random.Random) -> str | None:
+        """One of these, most often one that could have been answered before the last fact as well."""
+        earlier = rng.random() < EARLIER
+        other = None
+        for question in rng.sample(asked, len(asked)):
+            if self.asks(question):
+                if not earlier or self.answer(question, 1) == self.answer(question):
+                    return question
+                other = other or question
+        return other
 
 
 def _telegraphic(text: str, share: float, rng: random.Random) -> str:

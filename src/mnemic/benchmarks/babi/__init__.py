@@ -6,12 +6,12 @@ world under `worlds` says which of its choices were fitted to the released files
 """
 
 from .files import read, sizes
-from .generator import GENERATED_TASKS, SPLITS, generate, stream
+from .generator import GENERATED_TASKS, SPLITS, generate, split_of, stream
 from .oracle import oracle
 from .sample import BabiSample, pick
 from .words import ACTORS, FILES, OBJECTS, PLACES
 
 __all__ = [
     "ACTORS", "FILES", "GENERATED_TASKS", "OBJECTS", "PLACES", "SPLITS", "BabiSample", "generate", "oracle", "pick",
-    "read", "sizes", "stream",
+    "read", "sizes", "split_of", "stream",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from ...core.errors import InputError
@@ -35,14 +35,18 @@ def stream(task: str, seed: int, split: str = "train") -> Iterator[BabiSample]:
     return _stream(task, seed, split)
 
 
+def split_of(facts: Sequence[str], question: str) -> str:
+    """The split that a generated sample belongs to, by the hash of its text; question: as generated, blanks and all."""
+    digest = hashlib.sha256("\n".join((*facts, question)).encode()).digest()
+    return SPLITS[digest[0] % len(SPLITS)]
+
+
 def _stream(task: str, seed: int, split: str) -> Iterator[BabiSample]:
     rng = random.Random(f"mnemic.babi|{task}|{seed}|{split}")
-    wanted = SPLITS.index(split)
     number = 0
     while True:
         for facts, question, answer, supporting in WORLDS[task](rng):
-            digest = hashlib.sha256("\n".join((*facts, question)).encode()).digest()
-            if digest[0] % len(SPLITS) == wanted:
+            if split_of(facts, question) == split:
                 provenance = f"generated {task} (v1.2 surface), seed {seed}, {split}, sample {number}"
                 yield BabiSample(task, facts, question, answer, supporting, provenance)
                 number += 1
