@@ -52,11 +52,19 @@ batch_size = 2
 [board.main.evaluate]
 lengths = ["0k", "420"]
 [board.words]
-memories = ["lm2"]
+memories = ["lm2", "none"]
 seeds = [0]
 [board.words.train]
 task = "text"
 [board.words.evaluate]
+tasks = ["text"]
+lengths = ["64"]
+[board.attached]
+memories = ["lm2"]
+after = "words"
+[board.attached.train]
+task = "text"
+[board.attached.evaluate]
 tasks = ["text"]
 lengths = ["64"]
 [memory.lm2]
@@ -220,8 +228,8 @@ def test_costs_are_of_what_is_left(small):
     assert end.measured_tokens == 2 * 2 * 40
     assert end.disk == 0
     assert {(one.train_tokens, one.measured_tokens, one.seconds, one.disk) for one in after} == {(0, 0, 0.0, 0)}
-    # The entry that is not trained is the model of another one.
-    assert len(json.loads((folder / cost.PACES).read_text(encoding="utf-8"))) == 3
+    # Two kinds of model on each of two tasks; boards that go on share them, and so does the entry that is not trained.
+    assert len(json.loads((folder / cost.PACES).read_text(encoding="utf-8"))) == 4
 
 
 def test_no_room(small, monkeypatch, tmp_path):
@@ -245,7 +253,17 @@ def test_findings_of_a_small_run(small, tmp_path):
         "0k": ["lm2", "none", "none + end"], "420": ["lm2", "none", "none + end"],
     }  # fmt: skip
     assert list(found["boards"]) == ["main"]
-    assert [(one["model"], one["task"]) for one in found["text"]["words"]] == [("lm2", "text")]
+    texts = {(board, one["model"]): one["perplexity"]["mean"] for board, rows in found["text"].items() for one in rows}
+    assert set(texts) == {("words", "lm2"), ("words", "none"), ("attached", "lm2")}
+    changes = {(one["board"], one["model"], one["against"]): one for one in found["text_changes"]}
+    others = {
+        ("words", "lm2", "none"): ("words", "none"),
+        ("attached", "lm2", "lm2 before, from board words"): ("words", "lm2"),
+    }
+    assert changes.keys() == others.keys()
+    for key, one in changes.items():
+        assert one["mean"] == pytest.approx(100 * (texts[key[:2]] / texts[others[key]] - 1), abs=1e-3)
+        assert one["low"] <= one["mean"] <= one["high"]
     assert set(found["margins"]["none"]["seeds"]) == {"0"}
     tokens = [at for at, _ in found["curves"]["words"]["lm2"]]
     assert tokens == [2 * 64, 4 * 64]
@@ -255,4 +273,5 @@ def test_findings_of_a_small_run(small, tmp_path):
     assert "| 420 | none + end |" in said
     assert "paper: RMT-1.7B, printed +37.1%" in said
     assert "## words: held-out" in said
+    assert "| attached: lm2 | 0 | 64 | lm2 before, from board words |" in said
     assert reproduction.markdown(json.loads(paths[0].read_text(encoding="utf-8"))) == said

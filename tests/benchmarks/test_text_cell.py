@@ -16,7 +16,7 @@ from mnemic.benchmarks.catalog import open_cell
 from mnemic.benchmarks.experiment import Experiment
 from mnemic.benchmarks.language import gain, token_losses
 from mnemic.benchmarks.report import page, print_report, write_report
-from mnemic.benchmarks.results import perplexity
+from mnemic.benchmarks.results import perplexity, perplexity_change
 from mnemic.core.errors import ConfigError, InputError
 from mnemic.training import word_tokenizer
 from tests.benchmarks.report_cases import model, results, score
@@ -188,3 +188,19 @@ def test_bad_text_is_refused(tmp_path, change, said):
     del (lacking := dict(data["text"][0]))["gain"]
     with pytest.raises(InputError, match="no 'gain'"):
         _printed({**data, "text": [lacking]})
+
+
+def test_two_perplexities_are_compared_piece_by_piece():
+    pieces = [{"tokens": 9, "predicted": 8, "carried": nats} for nats in (10.0, 40.0, 25.0, 30.0, 12.0, 8.0)]
+    worse = [{**piece, "carried": piece["carried"] + 0.8} for piece in pieces]
+    found = perplexity_change(worse, pieces)
+    # Each piece is worse by 0.1 nats a token: no doubt is left, however much the pieces differ.
+    assert found == pytest.approx({key: 100 * math.expm1(0.1) for key in ("mean", "low", "high")}, abs=1e-5)
+    noisy = [{**p, "carried": p["carried"] + by} for p, by in zip(pieces, (-2, 3, 1, -1, 2, 0), strict=True)]
+    found = perplexity_change(noisy, pieces)
+    assert found["mean"] == pytest.approx(100 * math.expm1(3 / 48), abs=1e-5)
+    assert found["low"] < 0 < found["mean"] < found["high"]
+    with pytest.raises(InputError, match="same pieces"):
+        perplexity_change(pieces[1:], pieces)
+    with pytest.raises(InputError, match="same pieces"):
+        perplexity_change([{**p, "predicted": 7} for p in pieces], pieces)

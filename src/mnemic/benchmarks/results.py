@@ -46,7 +46,7 @@ def summarise(runs: Sequence[Evaluated]) -> tuple[dict[str, Any], list[dict[str,
     """
     scores, grouped, text, costs = [], [], [], []
     for run in runs:
-        for cell, lines in _cells(run.log):
+        for cell, lines in cells(run.log):
             task = cell["task"] if run.trained_on is None else f"{run.trained_on}: {cell['task']}"
             name = {"model": run.model, **cell, "task": task, "train_seed": run.train_seed}
             records = [record for line in lines for record in line["records"]]
@@ -59,7 +59,7 @@ def summarise(runs: Sequence[Evaluated]) -> tuple[dict[str, Any], list[dict[str,
     return {"scores": scores, "grouped": grouped, **({"text": text} if text else {})}, costs
 
 
-def _cells(path: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+def cells(path: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Lines by cell, in the order of the log; a cell's lines in the order of its batches."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for line in log.batches(path):
@@ -116,20 +116,37 @@ def perplexity(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     2,000 bootstrap resamples of the pieces "perplexity" (a token, the state carried) and "gain" (nats a token that
     carrying saves against a new state for every segment)."""
     sums = {key: np.asarray([r[key] for r in records], float) for key in ("carried", "predicted", "gained", "compared")}
-    draws = np.random.default_rng(0).integers(len(records), size=(_RESAMPLES, len(records)))
-
-    def ratio(above: str, below: str, change: Callable[[Any], Any]) -> dict[str, float]:
-        mean = change(sums[above].sum() / sums[below].sum())
-        low, high = np.quantile(change(sums[above][draws].sum(1) / sums[below][draws].sum(1)), (0.025, 0.975))
-        return {"mean": round(float(mean), 6), "low": round(float(low), 6), "high": round(float(high), 6)}
-
     if not sums["compared"].all():
         raise InputError("Segments of one token predict nothing without a state, so nothing can be compared.")
     return {
         "count": len(records),
         "predicted": int(sums["predicted"].sum()),
-        "perplexity": ratio("carried", "predicted", lambda loss: np.exp(np.minimum(loss, 700))),
-        "gain": ratio("gained", "compared", lambda nats: nats),
+        "perplexity": _ratio(sums["carried"], sums["predicted"], lambda loss: np.exp(np.minimum(loss, 700))),
+        "gain": _ratio(sums["gained"], sums["compared"], lambda nats: nats),
+    }
+
+
+def perplexity_change(records: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """By how many percent the perplexity of a model is above that of another one on the same pieces of text; mean, low
+    and high of the 95% interval of 2,000 bootstrap resamples of the pieces.
+
+    Raises:
+        InputError: records of other pieces.
+    """
+    if [(r["tokens"], r["predicted"]) for r in records] != [(r["tokens"], r["predicted"]) for r in others]:
+        raise InputError("Perplexities are compared on the same pieces of text; these two models read different ones.")
+    more = np.asarray([ours["carried"] - theirs["carried"] for ours, theirs in zip(records, others, strict=True)])
+    return _ratio(more, np.asarray([r["predicted"] for r in records], float), lambda nats: 100 * np.expm1(nats))
+
+
+def _ratio(above: Any, below: Any, change: Callable[[Any], Any]) -> dict[str, float]:
+    """Of two sums over pieces, changed; resampled by pieces."""
+    draws = np.random.default_rng(0).integers(len(above), size=(_RESAMPLES, len(above)))
+    low, high = np.quantile(change(above[draws].sum(1) / below[draws].sum(1)), (0.025, 0.975))
+    return {
+        "mean": round(float(change(above.sum() / below.sum())), 6),
+        "low": round(float(low), 6),
+        "high": round(float(high), 6),
     }
 
 

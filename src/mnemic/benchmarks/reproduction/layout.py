@@ -59,7 +59,8 @@ def layout(results: Mapping[str, Any]) -> Table:
     Raises:
         InputError: see `report.board`.
     """
-    made = board(results)
+    # Groups keep the names of boards, which `scores` may come without.
+    made = board({**results, "grouped": []})
     tasks = tuple(dict.fromkeys(c.task for c in made.columns))
     rows: dict[str, dict[str, dict[str, Cell]]] = {}
     for length in sorted({c.length for c in made.columns}, key=length_key):

@@ -18,6 +18,7 @@ from ..leaderboard import leaderboard
 from . import printed
 from .layout import layout, margins
 from .recipe import Recipe
+from .text_changes import text_changes
 
 FINDINGS, TABLES, CURVES = "findings.json", "tables.md", "curves.png"
 
@@ -26,9 +27,9 @@ def findings(recipe: Recipe, folder: str | Path, outcomes: Sequence[Outcome]) ->
     """Everything that was found, as plain data.
 
     Returns: "boards": name -> {"tasks", "rows": length -> model -> task -> [mean, low, high]}, ranges being those of
-        the training seeds, or the 95% interval of a single run; "text": board -> held-out perplexities; "margins":
-        other -> of the means over the training seeds, and "seeds": of each; "curves": board -> entry ->
-        [tokens, perplexity]; "models", "settings", "scale", "environment".
+        the training seeds, or the 95% interval of a single run; "text": board -> held-out perplexities;
+        "text_changes": see `text_changes`; "margins": other -> of the means over the training seeds, and "seeds": of
+        each; "curves": board -> entry -> [tokens, perplexity]; "models", "settings", "scale", "environment".
     """
     folder = Path(folder)
     results, _ = leaderboard(recipe.comparison, folder, outcomes)
@@ -43,6 +44,7 @@ def findings(recipe: Recipe, folder: str | Path, outcomes: Sequence[Outcome]) ->
         "main": recipe.main,
         "boards": {name: table.as_json() for name, table in boards.items()},
         "text": text,
+        "text_changes": text_changes(folder, outcomes),
         "margins": _margins(recipe, results, scores.get(recipe.main, [])),
         "curves": {name: _curves(recipe, folder, outcomes, name) for name in recipe.curves},
         "models": results["models"],
@@ -135,6 +137,8 @@ def markdown(found: Mapping[str, Any]) -> str:
             parts.append(f"{margin_table(found)}\n")
     for name, rows in found["text"].items():
         parts.append(f"## {name}: held-out text\n\n{text_table(rows)}\n")
+    if found["text_changes"]:
+        parts.append(f"## Held-out text, compared\n\n{change_table(found['text_changes'])}\n")
     return "\n".join(parts)
 
 
@@ -185,6 +189,18 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
             ]
         )  # fmt: skip
     return _table(["model", "seed", "length", "perplexity", "nats a token gained by carrying"], lines)
+
+
+def change_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """By how much each perplexity is above another one on the same pieces of text, with 95% intervals."""
+    lines = [
+        [
+            f"{one['board']}: {one['model']}", str(one["train_seed"]), one["length"], one["against"],
+            f"{one['mean']:+.2f}% ({one['low']:+.2f} to {one['high']:+.2f})",
+        ]
+        for one in rows
+    ]  # fmt: skip
+    return _table(["board: model", "seed", "length", "against", "perplexity"], lines)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
