@@ -273,15 +273,19 @@ def lm2_blocks() -> str:
     return _NOT_RUN if found is None or "blocks" not in found["text"] else text_table(found["text"]["blocks"])
 
 
-def lm2_first_run() -> str:
-    """What the first run of the CPU scale had done when it was stopped: loss by step, right answers by length."""
-    rows = []
-    for row in read("lm2/first_run.json")["rows"]:
-        shares = [row["accuracy"].get(length) for length in _FIRST_LENGTHS]
-        cells = ["–" if one is None else f"{100 * one['right'] / one['of']:.0f}" for one in shares]
-        losses = [f"{row['loss']['700']:.3f}", f"{list(row['loss'].values())[-1]:.3f}"]
-        rows.append([f"{row['board']}: {row['entry']}", str(row["seed"]), *losses, *cells])
-    return table(["board: model", "seed", "loss at step 700", "at the end", *_FIRST_LENGTHS], rows)
+def lm2_binding() -> str:
+    """What helps small models to tie a place to a person, told in telegrams."""
+    found = read("lm2/binding.json")["rows"]
+    rows = [
+        [
+            f"{row['model']}: {row['what']}",
+            str(row["seed"]),
+            str(row["steps"]),
+            *(f"{v:.0f}" for v in row["right"].values()),
+        ]
+        for row in found
+    ]
+    return table(["telegrams", "seed", "steps", *found[0]["right"]], rows)
 
 
 def lm2_trials() -> str:
@@ -294,9 +298,6 @@ def lm2_trials() -> str:
         gates = ", ".join(f"{row['gates'][f'block{block}/gate_in']:.2f}" for block in (0, 1))
         rows.append([row["what"], *scores, gates])
     return table(["board main of LM2", *read("lm2/trials.json")["rows"][0]["scores"], "input gates"], rows)
-
-
-_FIRST_LENGTHS = ("0k", "428", "812", "1k", "2k", "4k", "8k")
 
 
 _NOT_RUN = "Not run yet."
@@ -373,6 +374,6 @@ if __name__ == "__main__":
         "recurrent_stories": recurrent_stories, "transformer_xl_study": transformer_xl_study,
         "rmt_1m": rmt_1m, "lm2_claims": lm2_claims, "lm2_main": lm2_main, "lm2_margins": lm2_margins,
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
-        "lm2_first_run": lm2_first_run, "lm2_trials": lm2_trials,
+        "lm2_binding": lm2_binding, "lm2_trials": lm2_trials,
     }  # fmt: skip
     print(tables[sys.argv[1]]())
