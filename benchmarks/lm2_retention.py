@@ -10,8 +10,9 @@ The first segment says where four people went, between sentences of background; 
 - "no forgetting": the forget gate is open, so that the bank can only be added to;
 - "frozen": both, a control: nothing changes the bank, and what is lost is lost in the first segment.
 
-Beside the accuracy: the cosine of the bank with that after the first segment, and the gates' means while background is
-read. RUN is a folder of `mnemic train` (memory lm2, one bank or several) whose words are those of BABILong.
+Beside the accuracy: the cosine of the bank with that after the first segment, its norm over that one's, and the gates'
+means while background is read. RUN is a folder of `mnemic train` (memory lm2, one bank or several) whose words are
+those of BABILong.
 """
 
 import argparse
@@ -95,11 +96,13 @@ def retention(run: str | Path, *, rows: int, seed: int = 1) -> dict[str, Any]:
             said = torch.stack([_answer(stream, question) for question in questions], 1)
             banks = memory.banks(stream.state)
             same = [torch.cosine_similarity(banks[b].flatten(1), start[b].flatten(1)).mean().item() for b in start]
+            grown = [(banks[b].flatten(1).norm(dim=1) / start[b].flatten(1).norm(dim=1)).mean().item() for b in start]
             points.append(
                 {
                     "segments": distance,
                     "accuracy": (said == wanted).float().mean().item(),
                     "cosine": sum(same) / len(same),
+                    "grown": sum(grown) / len(grown),
                 }
             )
         stream.cache.watch = None
@@ -125,19 +128,21 @@ def _answer(stream: Any, question: Tensor) -> Tensor:
 def plot(found: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    accuracy, cosine = figure.subplots(1, 2)
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    accuracy, cosine, grown = figure.subplots(1, 3)
     for name, reading in found["readings"].items():
         points = reading["points"]
         distances = [p["segments"] for p in points]
         accuracy.plot(distances, [100 * p["accuracy"] for p in points], marker="o", markersize=3, label=name)
         cosine.plot(distances, [p["cosine"] for p in points], marker="o", markersize=3, label=name)
+        grown.plot(distances, [p["grown"] for p in points], marker="o", markersize=3, label=name)
     accuracy.axhline(100 * found["chance"], color="grey", linewidth=0.8, linestyle=":")
     if found["trained_segments"]:
         accuracy.axvline(found["trained_segments"][-1], color="grey", linewidth=0.8)
     accuracy.set(ylabel="right answers, percent", ylim=(0, 102))
     cosine.set(ylabel="cosine with the bank after the facts")
-    for axes in (accuracy, cosine):
+    grown.set(ylabel="its norm, times that", yscale="log")
+    for axes in (accuracy, cosine, grown):
         axes.set_xscale("symlog", linthresh=1, base=2)
         axes.set(xlabel=f"segments of {found['segment']} words read since the facts")
         axes.grid(alpha=0.3)

@@ -28,7 +28,18 @@ GENERATED = {
             *("leaderboard", "demo", "bench", "babilong", "aligned", "built", "unbuilt"),
             *("retrieval", "replay", "unbiased", "babi", "babi_transfer", "tasks", "babilong_build"),
             *("transformer_xl_study", "rmt_1m", "recurrent", "recurrent_text", "recurrent_stories"),
-            *("lm2_claims", "lm2_main", "lm2_margins", "lm2_design", "lm2_blocks", "lm2_binding", "lm2_trials"),
+            *(
+                "lm2_claims",
+                "lm2_main",
+                "lm2_margins",
+                "lm2_design",
+                "lm2_blocks",
+                "lm2_changes",
+                "lm2_long",
+                "lm2_retention",
+                "lm2_binding",
+                "lm2_trials",
+            ),
         )
     },
 }

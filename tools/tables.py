@@ -273,6 +273,33 @@ def lm2_blocks() -> str:
     return _NOT_RUN if found is None or "blocks" not in found["text"] else text_table(found["text"]["blocks"])
 
 
+def lm2_changes() -> str:
+    """Perplexities on held-out text, compared piece by piece."""
+    from mnemic.benchmarks.reproduction.tables import change_table
+
+    found = _lm2()
+    return _NOT_RUN if found is None else change_table(found["text_changes"])
+
+
+def lm2_long() -> str:
+    """The main table's LM2 after training on samples four times as long."""
+    return _lm2_board("long")
+
+
+def lm2_retention() -> str:
+    """Right answers by segments of background read since the facts, and the bank's norm times that after the facts."""
+    rows = []
+    for model, path in (("board main", "lm2/retention.json"), ("board long", "lm2/retention-long.json")):
+        if not (ROOT / path).is_file():
+            return _NOT_RUN
+        found = read(path)
+        for name, reading in found["readings"].items():
+            points = reading["points"]
+            cells = [f"{100 * p['accuracy']:.0f} (×{p['grown']:.1f})" for p in points]
+            rows.append([f"{model}: {name}", *cells])
+    return table(["model: reading", *(str(p["segments"]) for p in points)], rows)
+
+
 def lm2_binding() -> str:
     """What helps small models to tie a place to a person, told in telegrams."""
     found = read("lm2/binding.json")["rows"]
@@ -374,6 +401,7 @@ if __name__ == "__main__":
         "recurrent_stories": recurrent_stories, "transformer_xl_study": transformer_xl_study,
         "rmt_1m": rmt_1m, "lm2_claims": lm2_claims, "lm2_main": lm2_main, "lm2_margins": lm2_margins,
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
-        "lm2_binding": lm2_binding, "lm2_trials": lm2_trials,
+        "lm2_changes": lm2_changes, "lm2_long": lm2_long,
+        "lm2_retention": lm2_retention, "lm2_binding": lm2_binding, "lm2_trials": lm2_trials,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

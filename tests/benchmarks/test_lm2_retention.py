@@ -29,6 +29,11 @@ def test_a_frozen_bank_stays_and_the_others_move(trained, tmp_path, monkeypatch)
     found = lm2_retention.retention(trained, rows=3)
     cosines = {name: [p["cosine"] for p in one["points"]] for name, one in found["readings"].items()}
     assert cosines["frozen"] == pytest.approx([1.0] * 3, abs=1e-6)
+    sizes = {name: [p["grown"] for p in one["points"]] for name, one in found["readings"].items()}
+    assert sizes["frozen"] == pytest.approx([1.0] * 3, abs=1e-6)
+    # A bank that is not written can only fade, and one that forgets nothing grows beyond one that does.
+    assert sizes["no writing"][-1] < 1
+    assert sizes["no forgetting"][-1] > sizes["as trained"][-1]
     assert all(c[0] == pytest.approx(1.0) and c[-1] < 1 - 1e-4 for name, c in cosines.items() if name != "frozen")
     first = {name: one["points"][0]["accuracy"] for name, one in found["readings"].items()}
     assert len(set(first.values())) == 1

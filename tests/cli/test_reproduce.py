@@ -76,7 +76,7 @@ def test_a_run_is_planned_made_exported_and_goes_on(small, tmp_path):
     assert "main, none + end, seed 0" in planned.stdout
     assert not list(tmp_path.iterdir())
     made = succeed("reproduce", "lm2", "--output", tmp_path / "run", "--export", tmp_path / "model")
-    assert "4/4" in made.stderr
+    assert "6/6" in made.stderr
     assert {"recipe.toml", "findings.json", "tables.md", "curves.png", "report.html"} <= {
         p.name for p in (tmp_path / "run").iterdir()
     }

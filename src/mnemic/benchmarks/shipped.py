@@ -1,13 +1,13 @@
 """The models that come with the package: made small enough for it, and opened by name.
 
 A shipped model is a folder under `mnemic/models`: weights in bfloat16, config, tokenizer, `experiment.toml`, `log.json`
-(what the training logged), `log-before.json` (of the run whose weights it began with, if it did) and `README.md`, its
-model card. It is read in float32.
+(what the training logged), `log-before-1.json` ... (of the runs whose weights it began with, the first one first) and
+`README.md`, its model card. It is read in float32.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .jobs import DESCRIPTION, answers
 from .reproduction.recipe import Recipe
 from .trained import Trained, check_folder, open_run
 
-BEFORE = "log-before.json"
+BEFORE = "log-before-{}.json"
 MODELS = Path(__file__).parents[1] / "models"
 CARD = "README.md"
 MOST_BYTES = 10_000_000
@@ -56,14 +56,14 @@ def export(
     *,
     title: str,
     scores: list[Mapping[str, Any]],
-    before: str | Path | None = None,
+    before: Sequence[str | Path] = (),
 ) -> Path:
     """A run as a shipped model.
 
     Args:
         run: a finished run. target: a new folder. title: of its card. scores: as `results.summarise` gives them, for
-            the card; measured with the weights before they were rounded to bfloat16. before: the run whose weights this
-            one began with.
+            the card; measured with the weights before they were rounded to bfloat16. before: the runs whose weights it
+            began with, the first one first.
 
     Raises:
         DataError: no finished run. InputError: the folder exists, or the model is larger than `MOST_BYTES`.
@@ -82,9 +82,9 @@ def export(
         find_tokenizer(run, None).save_pretrained(room)
         for name in (SETTINGS, LOG):
             shutil.copyfile(run / name, room / name)
-        if before is not None:
-            shutil.copyfile(Path(before) / LOG, room / BEFORE)
-        (room / CARD).write_text(_card(room, title, scores), encoding="utf-8")
+        for number, earlier in enumerate(before, 1):
+            shutil.copyfile(Path(earlier) / LOG, room / BEFORE.format(number))
+        (room / CARD).write_text(_card(room, title, scores, len(before)), encoding="utf-8")
         size = sum(p.stat().st_size for p in room.rglob("*"))
         if size > MOST_BYTES:
             raise InputError(f"{run}: its model takes {size:,} bytes in bfloat16, and a shipped one {MOST_BYTES:,}.")
@@ -95,7 +95,7 @@ def export(
 
 
 def export_best(recipe: Recipe, folder: str | Path, target: str | Path) -> Path:
-    """The model of the recipe's `ship` entry that scored best on the main board, over all tasks and lengths; see
+    """The model of the recipe's `ship` entry that scored best on its `ship_board`, over all tasks and lengths; see
     `export`. It is the best of a few seeds by the scores that its card shows, so those are a little too good.
 
     Raises:
@@ -104,10 +104,12 @@ def export_best(recipe: Recipe, folder: str | Path, target: str | Path) -> Path:
     folder = Path(folder)
     jobs = [
         job for job in recipe.comparison.jobs
-        if (job.board, job.entry) == (recipe.main, recipe.ship) and (folder / job.folder / DESCRIPTION).is_file()
+        if (job.board, job.entry) == (recipe.ship_board, recipe.ship) and (folder / job.folder / DESCRIPTION).is_file()
     ]  # fmt: skip
     if not jobs:
-        raise InputError(f"{folder} has no finished model to export: entry {recipe.ship!r} of board {recipe.main!r}.")
+        raise InputError(
+            f"{folder} has no finished model to export: entry {recipe.ship!r} of board {recipe.ship_board!r}."
+        )
     found = {
         job.folder: results.summarise([results.Evaluated(job.entry, log, job.seed) for log in answers(job, folder)])[0][
             "scores"
@@ -115,19 +117,21 @@ def export_best(recipe: Recipe, folder: str | Path, target: str | Path) -> Path:
         for job in jobs
     }
     best = max(jobs, key=lambda job: sum(s["official"]["mean"] for s in found[job.folder]) / len(found[job.folder]))
-    return export(
-        folder / best.folder, target, title=f"{recipe.model}, from {recipe.comparison.title}",
-        scores=found[best.folder], before=None if best.start is None else folder / best.start,
-    )  # fmt: skip
+    known, before, start = {job.folder: job for job in recipe.comparison.jobs}, [], best.start
+    while start is not None:
+        before.insert(0, folder / start)
+        start = known[start].start
+    title = f"{recipe.model}, from {recipe.comparison.title}"
+    return export(folder / best.folder, target, title=title, scores=found[best.folder], before=before)
 
 
-def _card(folder: Path, title: str, scores: list[Mapping[str, Any]]) -> str:
+def _card(folder: Path, title: str, scores: list[Mapping[str, Any]], begun_on: int) -> str:
     log = json.loads((folder / LOG).read_text(encoding="utf-8"))
     size = sum(part["total"] for part in log["parameters"].values())
-    begun = "from scratch"
-    if (folder / BEFORE).is_file():
-        before = json.loads((folder / BEFORE).read_text(encoding="utf-8"))
-        begun = f"on from a model that was trained {_trained(before)} (`{BEFORE}`)"
+    names = [BEFORE.format(number) for number in range(1, begun_on + 1)]
+    logs = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names]
+    runs = [f"{_trained(one)} (`{name}`)" for one, name in zip(logs, names, strict=True)]
+    begun = f"after being trained {', and then '.join(runs)}" if runs else "from scratch"
     rows = [
         f"| {s['task']} | {s['length']} | {100 * s['official']['mean']:.1f} "
         f"({100 * s['official']['low']:.1f} to {100 * s['official']['high']:.1f}) | {s['count']} |"

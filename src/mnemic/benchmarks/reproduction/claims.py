@@ -23,6 +23,7 @@ def claims(found: Mapping[str, Any] | None) -> str:
         ),
         ["Equations as printed against with token content written, 1K", "–", _variant(found, "lm2 as printed")],
         ["Memory in more blocks: lower perplexity", "1 of 16 near the host; 16 clearly best", _blocks(found)],
+        ["Ordinary text: LM2's perplexity against the host's, equally large", "–", _text(found)],
         ["MMLU, LM2 / RMT / host", "29.4 / 26.5 / 28.0", _SMALL if found is not None else _NONE],
     ]
     lines = [["claim", "printed", "here"], ["---"] * 3, *rows]
@@ -82,3 +83,10 @@ def _blocks(found: Mapping[str, Any] | None) -> str:
         f"{one['perplexity']['high']:.2f})"
         for one in rows
     )
+
+
+def _text(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return _NONE
+    one = next((c for c in found["text_changes"] if (c["model"], c["against"]) == ("lm2", "none")), None)
+    return "–" if one is None else f"{one['mean']:+.2f}% ({one['low']:+.2f} to {one['high']:+.2f})"

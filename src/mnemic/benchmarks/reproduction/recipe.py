@@ -6,7 +6,7 @@ A recipe is a file of `mnemic compare` with one table more, `[reproduction]`:
     model, others = "lm2", ["rmt"]    # margins are of this entry over those
     compared = ["0k", "1k"]           # lengths over which they are taken
     curves = ["blocks"]               # boards whose training loss is drawn against tokens
-    ship = "lm2"                      # the entry whose best model of the main board is exported
+    ship, ship_board = "lm2", "main"  # the entry and board (or the main one) whose best model is exported
     gpu = true                        # too much for a CPU: there it is counted, and not run
 """
 
@@ -22,7 +22,7 @@ from ..comparison import Comparison
 SYSTEMS = ("lm2",)
 SCALES = ("smoke", "cpu", "gpu")
 _FOLDER = Path(__file__).parent
-_KEYS = ("main", "model", "others", "compared", "curves", "ship", "gpu")
+_KEYS = ("main", "model", "others", "compared", "curves", "ship", "ship_board", "gpu")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Recipe:
     compared: tuple[str, ...]
     curves: tuple[str, ...]
     ship: str | None
+    ship_board: str
     gpu: bool
     text: str
 
@@ -74,14 +75,16 @@ def parse(text: str) -> Recipe:
         raise ConfigError(f"[reproduction] has no {', '.join(missing)}.")
     comparison = Comparison.from_dict(values)
     boards = {job.board for job in comparison.jobs}
-    entries = {job.entry for job in comparison.jobs if job.board == told["main"]}
-    for board in (told["main"], *told.get("curves", ())):
+    ship_board = told.get("ship_board", told["main"])
+    for board in (told["main"], *told.get("curves", ()), ship_board):
         if board not in boards:
             raise UnknownNameError.of("board of [reproduction]", board, boards)
-    for entry in (told["model"], *told["others"], *([told["ship"]] if "ship" in told else [])):
+    shipped = [(told["ship"], ship_board)] if "ship" in told else []
+    for entry, board in (*((entry, told["main"]) for entry in (told["model"], *told["others"])), *shipped):
+        entries = {job.entry for job in comparison.jobs if job.board == board}
         if entry not in entries:
-            raise UnknownNameError.of(f"entry of board {told['main']}", entry, entries)
+            raise UnknownNameError.of(f"entry of board {board}", entry, entries)
     return Recipe(
         comparison, told["main"], told["model"], tuple(told["others"]), tuple(told["compared"]),
-        tuple(told.get("curves", ())), told.get("ship"), told.get("gpu", False), text,
+        tuple(told.get("curves", ())), told.get("ship"), ship_board, told.get("gpu", False), text,
     )  # fmt: skip
