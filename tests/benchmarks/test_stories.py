@@ -59,6 +59,40 @@ def test_every_answer_follows_from_the_facts_before_it(tokenizer, task: str):
     assert asked > 40
 
 
+def test_questions_are_mostly_about_what_was_not_said_last(tokenizer):
+    """Of telegrams: a fact is a name and a place, and so is a question with its answer."""
+    examples = StoryExamples(("qa1",), tokenizer, 64, SegmentLaw(1, (1,), batch=4), growth=(100, 101))
+    last = asked = 0
+    for example in islice(examples, 200):
+        names = {}
+        for at, label in enumerate(example["labels"]):
+            word = tokenizer.decode(example["input_ids"][at])
+            if word in babi.ACTORS:
+                name = word
+            elif word in babi.PLACES and label == IGNORED:
+                said, names[name] = name, word
+            elif word in babi.PLACES and len(names) > 1:
+                assert names[name] == word
+                asked += 1
+                last += name == said
+    assert asked > 500
+    assert 0.15 < last / asked < 0.35
+
+
+@pytest.mark.parametrize("task", ["qa1", "qa7"])
+def test_what_tests_ask_is_not_trained_on(tokenizer, task: str):
+    """A short story of training may be that of a test; then its question is another one."""
+    known = babi.generate(task, 3, "train", 1500)
+    fact = re.compile("|".join(sorted({re.escape(f) for s in known for f in s.facts}, key=len, reverse=True)))
+    questions = {s.question.strip(): s.question for s in known}
+    splits = []
+    for example in islice(StoryExamples((task,), tokenizer, 64, SegmentLaw(2, (4,), batch=4), seed=1), 60):
+        for text, _ in told(tokenizer, example):
+            question = next(raw for q, raw in questions.items() if spelled(text).endswith(q))
+            splits.append(babi.split_of(fact.findall(spelled(text)), question))
+    assert {"train", "validation"} == set(splits)
+
+
 def test_samples_end_with_a_question_in_their_last_segment(tokenizer):
     found = list(islice(StoryExamples(("qa1",), tokenizer, 64, SegmentLaw(3, (3,), batch=4)), 60))
     assert all(128 < len(e["input_ids"]) <= 192 for e in found)
