@@ -1,9 +1,9 @@
-"""The retention script: what is held still stays, and the model is as it was afterwards."""
+"""The scripts that look into a trained LM2: what is held still stays, and the model is as it was afterwards."""
 
 import pytest
 import torch
 
-from benchmarks import lm2_retention
+from benchmarks import lm2_planted, lm2_retention
 from mnemic.benchmarks.experiment import Experiment
 from mnemic.benchmarks.runs import run
 from mnemic.hosts import load
@@ -57,3 +57,19 @@ def test_gates_are_as_they_were_after_a_failure(trained):
     assert during < -1000
     assert torch.equal(before[0], memory.bias_in)
     assert torch.equal(before[1], memory.bias_forget)
+
+
+def test_planted_facts_are_looked_for_in_every_slot(trained, tmp_path, monkeypatch):
+    monkeypatch.delenv("MNEMIC_DATA", raising=False)
+    found = lm2_planted.planted(trained, rows=3)
+    assert torch.tensor(found["wrote"]["0"]).shape == (4, 4)
+    # A token's reads are shares of all slots; what it wrote is its share of theirs.
+    assert torch.tensor(found["read"]["0"]).sum(1).tolist() == pytest.approx([1.0] * 4, abs=1e-5)
+    assert torch.tensor(found["wrote"]["0"]).sum(0).max() <= 1
+    # All four slots of this bank: whosever they are called, the answer is that of an empty bank.
+    empty = lm2_planted.planted(trained, rows=3)["without"]
+    assert empty["its slots"] == empty["another's slots"]
+    monkeypatch.setattr(lm2_planted, "LISTED", 64)
+    assert lm2_planted.planted(trained, rows=3)["listed"] == {"names": 100.0, "places": 100.0}
+    lm2_planted.plot(found, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
