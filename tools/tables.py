@@ -300,6 +300,26 @@ def lm2_retention() -> str:
     return table(["model: reading", *(str(p["segments"]) for p in points)], rows)
 
 
+def lm2_planted() -> str:
+    """Planted facts in the slots of the main table's best LM2."""
+    if not (ROOT / "lm2" / "planted.json").is_file():
+        return _NOT_RUN
+    found = read("lm2/planted.json")
+    rows = [
+        ["names among the five tokens by which a slot was written most", f"{found['listed']['names']:.0f}%"],
+        ["places among them", f"{found['listed']['places']:.0f}%"],
+        *(
+            [f"right answers with {what} set to zeros", f"{right:.0f}%"]
+            for what, right in zip(
+                ("nothing", "the four slots that the name reads most", "the four of another name"),
+                found["without"].values(),
+                strict=True,
+            )
+        ),
+    ]
+    return table([f"{found['rows']} samples of four facts", ""], rows)
+
+
 def lm2_binding() -> str:
     """What helps small models to tie a place to a person, told in telegrams."""
     found = read("lm2/binding.json")["rows"]
@@ -402,6 +422,7 @@ if __name__ == "__main__":
         "rmt_1m": rmt_1m, "lm2_claims": lm2_claims, "lm2_main": lm2_main, "lm2_margins": lm2_margins,
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
         "lm2_changes": lm2_changes, "lm2_long": lm2_long,
-        "lm2_retention": lm2_retention, "lm2_binding": lm2_binding, "lm2_trials": lm2_trials,
+        "lm2_retention": lm2_retention, "lm2_planted": lm2_planted,
+        "lm2_binding": lm2_binding, "lm2_trials": lm2_trials,
     }  # fmt: skip
     print(tables[sys.argv[1]]())
