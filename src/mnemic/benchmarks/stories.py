@@ -40,6 +40,9 @@ EARLIER = 0.8
 """Share of the questions that, where there are such, do not take the last fact: else what was said last is the answer
 so often that small models stop at that."""
 
+CLOSING = 4
+"""Questions at the end of a sample, at most: they are answered over the longest distance."""
+
 _READ = 24
 """Facts that those are answered from, the last ones; what only older ones tell goes unasked."""
 
@@ -55,8 +58,8 @@ Unit = tuple[list[int], list[int]]
 class StoryExamples(Positioned):
     """Endless stories with questions in between, loss on each answer; background between them as in BABILong.
 
-    A sample ends with a question and its answer. Facts and questions stand in order at places drawn uniformly between
-    sentences of background that fill the sample. How many there are is drawn log-uniformly.
+    A sample ends with questions and their answers. Facts, and questions in between, stand in order at places drawn
+    uniformly between sentences of background that fill the sample. How many facts there are is drawn log-uniformly.
 
     Args:
         tasks: "qa1" ...; drawn in turn. segment: tokens of a segment. law: how many segments a sample has.
@@ -116,7 +119,10 @@ class StoryExamples(Positioned):
         room = length - sum(len(ids) for ids, _ in units)
         filled = room > 0 and rng.random() < share
         background = [list(ids) for ids in Reader(self.haystack, rng).read(room)] if filled else []
-        slots = [*sorted(babi.pick(rng, range(len(background) + 1)) for _ in units[:-1]), len(background)]
+        # The questions behind the last fact stand at the end.
+        within = max((number for number, (_, labels) in enumerate(units) if labels[-1] == IGNORED), default=0) + 1
+        drawn_slots = sorted(babi.pick(rng, range(len(background) + 1)) for _ in range(within))
+        slots = [*drawn_slots, *[len(background)] * (len(units) - within)]
         parts = [
             *(((slot, 0), unit) for slot, unit in zip(slots, units, strict=True)),
             *(((slot, 1), (ids, [IGNORED] * len(ids))) for slot, ids in enumerate(background)),
@@ -141,11 +147,9 @@ class StoryExamples(Positioned):
         for _ in range(_TRIES):
             units: list[Unit] = []
             room = length
-            told = 0
             for block in self._blocks(plan, rng):
                 room -= sum(len(ids) for ids, _ in block)
-                told += sum(labels[-1] == IGNORED for _, labels in block)
-                if room < 0 or (units and plan.facts is not None and told > plan.facts):
+                if room < 0:
                     break
                 units += block
             if units:
@@ -153,7 +157,8 @@ class StoryExamples(Positioned):
         return []
 
     def _blocks(self, plan: "_Plan", rng: random.Random) -> Iterator[list[Unit]]:
-        """Facts, and behind any of them questions that the stories so far ask and their facts answer by then."""
+        """Facts, and behind any of them questions that the stories so far ask and their facts answer by then; behind
+        the last of a limited number as many as `CLOSING`, all different."""
         told = _Told(plan.task)
         asked: dict[str, None] = {}
         block: list[Unit] = []
@@ -163,6 +168,14 @@ class StoryExamples(Positioned):
             for fact in story[-1][0]:
                 told.facts.append(fact)
                 block.append(self._unit(fact, None, plan, rng))
+                if plan.facts is not None and len(told.facts) >= plan.facts:
+                    closing = [question for question in asked if told.asks(question)]
+                    if closing:
+                        questions = rng.sample(closing, min(len(closing), CLOSING))
+                        yield [*block, *(self._unit(q, told.answer(q), plan, rng) for q in questions)]
+                    # Otherwise one fact more, unless something was asked before: then this block holds not all of them.
+                    if closing or len(block) < len(told.facts):
+                        return
                 while rng.random() < plan.questions:
                     question = told.question(list(asked), rng)
                     if question is not None:
