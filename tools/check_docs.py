@@ -37,8 +37,10 @@ GENERATED = {
                 "lm2_changes",
                 "lm2_long",
                 "lm2_retention",
+                "lm2_planted",
                 "lm2_binding",
                 "lm2_trials",
+                "lm2_search",
             ),
         )
     },

@@ -287,17 +287,14 @@ def lm2_long() -> str:
 
 
 def lm2_retention() -> str:
-    """Right answers by segments of background read since the facts, and the bank's norm times that after the facts."""
-    rows = []
-    for model, path in (("board main", "lm2/retention.json"), ("board long", "lm2/retention-long.json")):
-        if not (ROOT / path).is_file():
-            return _NOT_RUN
-        found = read(path)
-        for name, reading in found["readings"].items():
-            points = reading["points"]
-            cells = [f"{100 * p['accuracy']:.0f} (×{p['grown']:.1f})" for p in points]
-            rows.append([f"{model}: {name}", *cells])
-    return table(["model: reading", *(str(p["segments"]) for p in points)], rows)
+    """Right answers by segments of background read since the facts, and the bank's norm over that after the facts."""
+    rows, heads = [], []
+    for title, path in (("input bias -2", "lm2/retention-open.json"), ("input bias -4", "lm2/retention-closed.json")):
+        for name, reading in read(path)["readings"].items():
+            heads = [str(point["segments"]) for point in reading["points"]]
+            cells = [f"{100 * point['accuracy']:.0f} (×{point['grown']:.1f})" for point in reading["points"]]
+            rows.append([f"{title}: {name}", *cells])
+    return table(["LM2: reading", *heads], rows)
 
 
 def lm2_planted() -> str:
@@ -336,15 +333,24 @@ def lm2_binding() -> str:
 
 
 def lm2_trials() -> str:
-    """Settings of board main that were tried on LM2: right answers by length, and what the input gates came to."""
+    """Settings of board main that were tried on LM2 of two layers: right answers by length, and the input gates."""
+    return _lm2_tried("lm2/trials.json", lambda row: row["what"])
+
+
+def lm2_search() -> str:
+    """The same of three layers, beside RMT."""
+    return _lm2_tried("lm2/search.json", lambda row: f"{row['model']}, seed {row['seed']}: {row['what']}")
+
+
+def _lm2_tried(path: str, name: Any) -> str:
+    found = read(path)["rows"]
+    lengths = list(dict.fromkeys(length for row in found for length in row["scores"]))
     rows = []
-    for row in read("lm2/trials.json")["rows"]:
-        scores = [
-            f"{100 * s['mean']:.0f} ({100 * s['low']:.0f} to {100 * s['high']:.0f})" for s in row["scores"].values()
-        ]
-        gates = ", ".join(f"{row['gates'][f'block{block}/gate_in']:.2f}" for block in (0, 1))
-        rows.append([row["what"], *scores, gates])
-    return table(["board main of LM2", *read("lm2/trials.json")["rows"][0]["scores"], "input gates"], rows)
+    for row in found:
+        gates = [f"{value:.2f}" for gate, value in row["gates"].items() if gate.endswith("gate_in")]
+        scores = [f"{100 * row['scores'][n]['mean']:.0f}" if n in row["scores"] else "–" for n in lengths]
+        rows.append([name(row), *scores, ", ".join(gates) or "–"])
+    return table(["board main", *lengths, "input gates"], rows)
 
 
 _NOT_RUN = "Not run yet."
@@ -423,6 +429,6 @@ if __name__ == "__main__":
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
         "lm2_changes": lm2_changes, "lm2_long": lm2_long,
         "lm2_retention": lm2_retention, "lm2_planted": lm2_planted,
-        "lm2_binding": lm2_binding, "lm2_trials": lm2_trials,
+        "lm2_binding": lm2_binding, "lm2_trials": lm2_trials, "lm2_search": lm2_search,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

@@ -165,7 +165,10 @@ def loops(memory, xs: list[Tensor], sources: list[Tensor], bank: Tensor, mask: T
                 g_in = torch.sigmoid(x_slot @ w["gate_in"][i] + memory.bias_in[i])
                 if c.route == "competitive":
                     g_in = g_in * mass.clamp(max=1.0)
-                g_forget = torch.sigmoid(c_mem @ w["gate_forget"][i] + memory.bias_forget[i])
+                forget = c_mem @ w["gate_forget"][i] + memory.bias_forget[i]
+                if c.forget_tokens:
+                    forget = forget + x_slot @ memory.forget_tokens.full()[i]
+                g_forget = torch.sigmoid(forget)
                 content = c_mem + x_slot @ memory.content.full()[i] if c.content_write else c_mem
                 written.append(g_in * torch.tanh(content) + g_forget * current[k][n])
             current[k] = written
@@ -196,6 +199,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-content-write": {"content_write": False},
     "no-norm": {"norm": False},
     "sink": {"route_sink": True},
+    "forget-by-tokens": {"forget_tokens": True, "route_sink": True},
     "sink-per-layer-scores-of-read": {"route_sink": True, "memory_scope": "per_layer", "write_scores": "read"},
     "low-rank": {"rank": 3},
     "code-biases": {"retention": "code", "input_bias": 0.0},
