@@ -150,8 +150,7 @@ def loops(memory, xs: list[Tensor], sources: list[Tensor], bank: Tensor, mask: T
                 for a in range(h):
                     part = slice(a * e, (a + 1) * e)
                     if c.route == "softmax":
-                        nothing = [] if memory.sink is None else [memory.sink[i, a]]
-                        weights = softmax([s[a][t][n] for t in real] + nothing)[: len(real)]
+                        weights = softmax([s[a][t][n] for t in real])
                     elif c.route == "competitive":
                         shares = [over_slots(s[a][t])[n] for t in real]
                         total = sum(shares)
@@ -198,9 +197,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention-queries": {"query_source": "attention"},
     "no-content-write": {"content_write": False},
     "no-norm": {"norm": False},
-    "sink": {"route_sink": True},
-    "forget-by-tokens": {"forget_tokens": True, "route_sink": True},
-    "sink-per-layer-scores-of-read": {"route_sink": True, "memory_scope": "per_layer", "write_scores": "read"},
+    "forget-by-tokens": {"forget_tokens": True},
+    "forget-by-tokens-per-layer": {"forget_tokens": True, "memory_scope": "per_layer"},
     "low-rank": {"rank": 3},
     "code-biases": {"retention": "code", "input_bias": 0.0},
     "second-of-three-blocks": {"memory_layers": [1]},

@@ -73,21 +73,6 @@ def test_route_equals_loops(shape, top_k, how, padded):
     assert_same(fast, slow, [query, keys, first, second])
 
 
-@few
-@given(shapes, st.booleans())
-def test_a_sink_takes_its_share_of_what_slots_are_routed(shape, padded):
-    query, keys, content = tensors(shape)
-    sink = torch.linspace(-2, 3, keys.shape[1], dtype=torch.float64).requires_grad_()
-    mask = torch.arange(shape["tokens"]) < 1 + torch.arange(shape["batch"])[:, None] if padded else None
-    (fast,), _ = slot_bank.route(query, keys, (content,), mask=mask, sink=sink)
-    slow, _ = slot_bank.naive_route(query, keys, content, "softmax", mask, sink=sink)
-    assert_same([fast], [slow], [query, keys, content, sink])
-    weights = slot_bank.routing_weights(query, keys, mask=mask, sink=sink)
-    moved = slot_bank.merge_heads(weights @ slot_bank.split_heads(content, keys.shape[1]))
-    torch.testing.assert_close(moved, fast, rtol=0, atol=1e-10)
-    assert bool((weights.sum(-1) < 1).all())
-
-
 def test_attention_weights_are_a_distribution_over_the_kept_slots():
     query, keys, _ = tensors({"batch": 2, "tokens": 3, "slots": 5, "heads": 2, "width": 4, "seed": 3})
     weights = slot_bank.attention_weights(slot_bank.split_heads(query, 2), keys, top_k=2)

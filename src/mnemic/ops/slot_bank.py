@@ -62,18 +62,15 @@ def route(
     how: Route = "softmax",
     mask: Tensor | None = None,
     top_k: int | None = None,
-    sink: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Bring token contents to slots, heads mixed like values.
 
-    softmax: each slot spreads its weight over the tokens by its scores, and, where there is a sink, over nothing.
-    competitive: each token spreads its weight over the slots (after top-k), and a slot averages by what it received.
-    identity: token i goes to slot i.
+    softmax: each slot spreads its weight over the tokens by its scores. competitive: each token spreads its weight
+    over the slots (after top-k), and a slot averages by what it received. identity: token i goes to slot i.
 
     Args:
         query: (B, T, d). keys: (B, h, N, e). contents: tensors (B, T, d).
         mask: (B, T) bool, False for tokens to leave out; every row needs a True. None: all count.
-        sink: (h,) the score of nothing, for softmax: what goes there brings no content.
 
     Returns: for each content its (B, N, d), and for competitive routing the attention mass that each slot received,
     (B, N), mean over heads; otherwise None.
@@ -91,13 +88,6 @@ def route(
     mass = None
     if how == "softmax":
         allowed = None if mask is None else mask[:, None, None, :]
-        if sink is not None:
-            # One token more, of no content, whose score is the bias alone.
-            bias = torch.zeros_like(query[:, None, None, :, 0])
-            bias = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
-            last = sink.to(q.dtype)[:, None, None].expand(len(q), -1, -1, -1)
-            allowed = torch.cat([bias.expand(-1, num_heads, -1, -1), last], dim=-1)
-            q, stacked = (F.pad(part, (0, 0, 0, 1)) for part in (q, stacked))
         moved = F.scaled_dot_product_attention(keys, q, stacked, attn_mask=allowed)
     else:
         weights = attention_weights(q, keys, top_k).transpose(-1, -2)
@@ -112,15 +102,10 @@ def route(
 
 
 def routing_weights(
-    query: Tensor,
-    keys: Tensor,
-    how: Route = "softmax",
-    mask: Tensor | None = None,
-    top_k: int | None = None,
-    sink: Tensor | None = None,
+    query: Tensor, keys: Tensor, how: Route = "softmax", mask: Tensor | None = None, top_k: int | None = None
 ) -> Tensor:
-    """The weights with which `route` brings tokens to slots, (B, h, N, T); a slot's sum to 1, to 0 where nothing
-    addresses it, and to less than 1 where there is a sink."""
+    """The weights with which `route` brings tokens to slots, (B, h, N, T); a slot's sum to 1, or to 0 where nothing
+    addresses it."""
     num_heads, num_slots = keys.shape[1], keys.shape[-2]
     if how == "identity":
         return torch.eye(num_slots, dtype=keys.dtype, device=keys.device).expand(len(keys), num_heads, -1, -1)
@@ -129,10 +114,7 @@ def routing_weights(
         scores = keys @ q.transpose(-1, -2) / math.sqrt(q.shape[-1])
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-        if sink is None:
-            return scores.softmax(dim=-1)
-        nothing = sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, nothing], dim=-1).softmax(dim=-1)[..., :-1]
+        return scores.softmax(dim=-1)
     weights = attention_weights(q, keys, top_k).transpose(-1, -2)
     if mask is not None:
         weights = weights * mask[:, None, None]
@@ -170,13 +152,7 @@ def naive_read(query: Tensor, keys: Tensor, values: Tensor, top_k: int | None = 
 
 
 def naive_route(
-    query: Tensor,
-    keys: Tensor,
-    content: Tensor,
-    how: Route,
-    mask: Tensor | None = None,
-    top_k: int | None = None,
-    sink: Tensor | None = None,
+    query: Tensor, keys: Tensor, content: Tensor, how: Route, mask: Tensor | None = None, top_k: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Reference of `route` for one content."""
     scores = naive_scores(query, keys)
@@ -195,7 +171,6 @@ def naive_route(
                         continue
                     if how == "softmax":
                         others = [scores[b, a, u, n].exp() for u in range(tokens) if real[b][u]]
-                        others += [] if sink is None else [sink[a].exp()]
                         weights[n, t] = scores[b, a, t, n].exp() / sum(others)
                     elif n in kept:
                         weights[n, t] = scores[b, a, t, n].exp() / sum(scores[b, a, t, m].exp() for m in kept)

@@ -17,10 +17,8 @@ Where this departs from the paper, and why:
 - `retention`: with one bank for all blocks, the share of it that survives a segment is the product of the blocks'
   forget gates: 0.5^16 for zero biases. The bias is set so that the product starts at `retention`.
 - `norm`: RMSNorm on queries and slots; without it the routing starts as a plain mean over tokens.
-- `forget_tokens` (off): as printed, what is forgotten depends on what was read of the bank alone, so that with a new fact
-  and without one the old one fades alike; with it the routed tokens have a say.
-- `route_sink` (off): softmax over tokens always brings something, so a segment without facts writes as much as one with
-  them; a sink lets a slot take nothing.
+- `forget_tokens` (off): as printed, what is forgotten depends on what was read of the bank alone, so that the old fades
+  alike with a new fact and without one; with it the routed tokens have a say.
 - `query_source`: what reads and is written is the normalised residual stream, the paper's E; the released code takes
   the attention's output. On cross-segment recall the first learns sooner and holds to 12 segments (0.97 against 0.53
   after 500 steps on 2 to 4 segments).
@@ -80,9 +78,6 @@ class LM2Config(MemoryConfig):
     route: Literal["softmax", "competitive", "identity"] = option(
         "softmax", "how tokens reach slots: slots choose tokens, tokens choose slots, or token i to slot i"
     )
-    route_sink: bool = option(
-        False, "with softmax routing, a learned score of nothing: a slot need not take anything from a segment"
-    )
     write_scores: Literal["recompute", "read"] = option(
         "recompute", "with a shared bank, score against the bank as the blocks before left it, or as it was read"
     )
@@ -113,8 +108,6 @@ class LM2Config(MemoryConfig):
             raise ConfigError(f"lm2: gates = {list(self.gates)}, expected some of 'out', 'in' and 'forget', once each.")
         if self.forget_tokens and "forget" not in self.gates:
             raise ConfigError("lm2: forget_tokens = true needs the forget gate; gates has none.")
-        if self.route_sink and self.route != "softmax":
-            raise ConfigError(f"lm2: route_sink = true goes with route = 'softmax', not {self.route!r}.")
         if self.route == "identity" and self.update_every is not None:
             raise ConfigError("lm2: identity routing needs one slot per token of a segment; leave update_every unset.")
 
@@ -152,9 +145,6 @@ class LM2(Memory):
         self.query_norm = nn.Parameter(torch.ones(blocks, width, **factory)) if config.norm else None
         self.slot_norm = nn.Parameter(torch.ones(blocks, width, **factory)) if config.norm else None
         self.alpha = nn.Parameter(torch.zeros(blocks, **factory)) if config.identity_start else None
-        # Beside some 50 tokens that a slot does not care for, an even share.
-        sink = torch.full((blocks, config.num_heads), 4.0, **factory)
-        self.sink = nn.Parameter(sink) if config.route_sink else None
         first = self._first_slots(self.num_banks, width).to(**factory)
         if config.init == "learned":
             self.first_slots = nn.Parameter(first)
@@ -260,8 +250,7 @@ class LM2(Memory):
             keys = keys if config.write_scores == "read" else self._keys(banks[bank], i)
             written = None
             if config.route != "identity" or query.shape[1] == config.num_slots:
-                sink = None if self.sink is None else self.sink[i]
-                routed = slot_bank.routing_weights(query, keys, config.route, segment.mask, config.top_k, sink)
+                routed = slot_bank.routing_weights(query, keys, config.route, segment.mask, config.top_k)
                 banks[bank], gates = self._write(banks[bank], i, trace, segment.mask, keys)
                 written = (routed.mean(1) * gates["gate_in"].mean(-1, keepdim=True)).mT
             found[layer] = SlotUse(f"bank/{bank}", read.mean(1), written)
@@ -281,13 +270,7 @@ class LM2(Memory):
         if keys is None:
             keys = self._keys(bank, i)
         (tokens, memory), mass = slot_bank.route(
-            trace["query"],
-            keys,
-            (trace["tokens"], trace["read"]),
-            self.config.route,
-            mask,
-            self.config.top_k,
-            None if self.sink is None else self.sink[i],
+            trace["query"], keys, (trace["tokens"], trace["read"]), self.config.route, mask, self.config.top_k
         )
         gate_in = self._gate(self.gate_in, self.bias_in, tokens, i)
         kept = 1 / (1 + math.exp(-self._forget_bias()))
