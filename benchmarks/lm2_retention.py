@@ -144,6 +144,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     grown.set(ylabel="its norm, times that", yscale="log")
     for axes in (accuracy, cosine, grown):
         axes.set_xscale("symlog", linthresh=1, base=2)
+        axes.set_xlim(-0.2, 1.2 * max(DISTANCES))
         axes.set(xlabel=f"segments of {found['segment']} words read since the facts")
         axes.grid(alpha=0.3)
     cosine.legend(fontsize=8)
