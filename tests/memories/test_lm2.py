@@ -95,10 +95,9 @@ def test_reset_of_rows_restores_their_results_exactly():
         {"route": "competitive", "top_k": 2},
         {"memory_scope": "per_layer", "init": "learned"},
         {"rank": 3},
-        {"forget_tokens": True},
         {"preset": "paper"},
     ],
-    ids=["default", "competitive", "per-layer", "low-rank", "forget-by-tokens", "paper"],
+    ids=["default", "competitive", "per-layer", "low-rank", "paper"],
 )
 def test_every_parameter_learns_from_two_segments(options):
     model = attached(**{"preset": "attach", **options})
@@ -280,7 +279,6 @@ def test_diagnostics_tell_a_closed_gate():
         ({"update_every": 4}, "does not divide the segment of 6 tokens"),
         ({"route": "identity", "num_slots": 4}, "num_slots = segment"),
         ({"route": "identity", "num_slots": 2, "update_every": 2}, "leave update_every unset"),
-        ({"gates": ["out", "in"], "forget_tokens": True}, "needs the forget gate"),
         ({"slots": 4}, "num_slots"),
     ],
 )

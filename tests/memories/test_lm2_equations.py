@@ -164,10 +164,7 @@ def loops(memory, xs: list[Tensor], sources: list[Tensor], bank: Tensor, mask: T
                 g_in = torch.sigmoid(x_slot @ w["gate_in"][i] + memory.bias_in[i])
                 if c.route == "competitive":
                     g_in = g_in * mass.clamp(max=1.0)
-                forget = c_mem @ w["gate_forget"][i] + memory.bias_forget[i]
-                if c.forget_tokens:
-                    forget = forget + x_slot @ memory.forget_tokens.full()[i]
-                g_forget = torch.sigmoid(forget)
+                g_forget = torch.sigmoid(c_mem @ w["gate_forget"][i] + memory.bias_forget[i])
                 content = c_mem + x_slot @ memory.content.full()[i] if c.content_write else c_mem
                 written.append(g_in * torch.tanh(content) + g_forget * current[k][n])
             current[k] = written
@@ -197,8 +194,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention-queries": {"query_source": "attention"},
     "no-content-write": {"content_write": False},
     "no-norm": {"norm": False},
-    "forget-by-tokens": {"forget_tokens": True},
-    "forget-by-tokens-per-layer": {"forget_tokens": True, "memory_scope": "per_layer"},
     "low-rank": {"rank": 3},
     "code-biases": {"retention": "code", "input_bias": 0.0},
     "second-of-three-blocks": {"memory_layers": [1]},

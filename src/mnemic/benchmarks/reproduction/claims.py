@@ -14,7 +14,7 @@ def claims(found: Mapping[str, Any] | None) -> str:
     rows = [
         ["LM2 over RMT, 0K to 4K", "+37.1%", _margin(found, "rmt")],
         ["LM2 over Llama-3.2 (here: the host alone)", "+86.3%", _margin(found, "none")],
-        ["LM2 over the host with attention over four segments", "–", _margin(found, "window")],
+        ["LM2 over the host with a window of attention", "–", _margin(found, "window")],
         *(_lengths(found, length) for length in printed.COMPARED),
         ["LM2, RMT, host at 8K and beyond", _printed(">=8K", None), _ours(found, "8k", None)],
         *(

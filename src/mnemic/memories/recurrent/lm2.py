@@ -7,7 +7,7 @@ through an input and a forget gate. Written out (x attention output, M bank, one
     read     Q = x W_Q, K = M W_K, V = M W_V;  A = softmax(Q K^T / sqrt(d));  E = A V
              x <- x + alpha * sigmoid(E W_out + b_out) * E
     route    R = softmax over tokens of K Q^T / sqrt(d);  X = R x;  C = R E  (+ X W_C: content write)
-    write    M <- sigmoid(X W_in + b_in) * tanh(C) + sigmoid(R E W_forget (+ X W_f: forget_tokens) + b_f) * M
+    write    M <- sigmoid(X W_in + b_in) * tanh(C) + sigmoid(R E W_forget + b_f) * M
 
 Where this departs from the paper, and why:
 - Tokens of a segment read the bank as it was when the segment began, and the bank is written once it is complete.
@@ -17,8 +17,6 @@ Where this departs from the paper, and why:
 - `retention`: with one bank for all blocks, the share of it that survives a segment is the product of the blocks'
   forget gates: 0.5^16 for zero biases. The bias is set so that the product starts at `retention`.
 - `norm`: RMSNorm on queries and slots; without it the routing starts as a plain mean over tokens.
-- `forget_tokens` (off): as printed, what is forgotten depends on what was read of the bank alone, so that the old fades
-  alike with a new fact and without one; with it the routed tokens have a say.
 - `query_source`: what reads and is written is the normalised residual stream, the paper's E; the released code takes
   the attention's output. On cross-segment recall the first learns sooner and holds to 12 segments (0.97 against 0.53
   after 500 steps on 2 to 4 segments).
@@ -87,9 +85,6 @@ class LM2Config(MemoryConfig):
         ("out", "in", "forget"),
         "gates that there are; without, reads and writes are open (1) and a bank keeps `retention`",
     )
-    forget_tokens: bool = option(
-        False, "the forget gate depends on the routed tokens too, not on the memory read alone"
-    )
     rank: int | None = option(None, "rank of the weight matrices, or None for full", minimum=1)
 
     @classmethod
@@ -106,8 +101,6 @@ class LM2Config(MemoryConfig):
         unknown = [name for name in self.gates if name not in ("out", "in", "forget")]
         if unknown or len(set(self.gates)) < len(self.gates):
             raise ConfigError(f"lm2: gates = {list(self.gates)}, expected some of 'out', 'in' and 'forget', once each.")
-        if self.forget_tokens and "forget" not in self.gates:
-            raise ConfigError("lm2: forget_tokens = true needs the forget gate; gates has none.")
         if self.route == "identity" and self.update_every is not None:
             raise ConfigError("lm2: identity routing needs one slot per token of a segment; leave update_every unset.")
 
@@ -137,7 +130,6 @@ class LM2(Memory):
         gates = ("out", "in", "forget")
         self.gate_out, self.gate_in, self.gate_forget = (linear() if g in config.gates else None for g in gates)
         self.content = linear() if config.content_write else None
-        self.forget_tokens = linear() if config.forget_tokens else None
         bias = lambda gate, value: nn.Parameter(torch.full((blocks, width), value, **factory)) if gate else None  # noqa: E731
         self.bias_out = bias(self.gate_out, 0.0)
         self.bias_in = bias(self.gate_in, config.input_bias)
@@ -274,8 +266,7 @@ class LM2(Memory):
         )
         gate_in = self._gate(self.gate_in, self.bias_in, tokens, i)
         kept = 1 / (1 + math.exp(-self._forget_bias()))
-        more = None if self.forget_tokens is None else self.forget_tokens(tokens, i)
-        gate_forget = self._gate(self.gate_forget, self.bias_forget, memory, i, without=kept, more=more)
+        gate_forget = self._gate(self.gate_forget, self.bias_forget, memory, i, without=kept)
         if mass is not None:
             gate_in = gate_in * mass.clamp_max(1).unsqueeze(-1)
         content = memory if self.content is None else memory + self.content(tokens, i)
@@ -283,14 +274,9 @@ class LM2(Memory):
         return written, {"gate_in": gate_in, "gate_forget": gate_forget}
 
     @staticmethod
-    def _gate(
-        linear: Any, bias: Any, x: Tensor, i: int, without: float = 1.0, more: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
-        """Of block i, the shape of `x`; where there is no such gate it is `without`. more: added to its logits."""
-        if linear is None:
-            return torch.full_like(x, without)
-        logits = linear(x, i) + bias[i]
-        return torch.sigmoid(logits if more is None else logits + more)
+    def _gate(linear: Any, bias: Any, x: Tensor, i: int, without: float = 1.0) -> Tensor:
+        """Of block i, the shape of `x`; where there is no such gate it is `without`."""
+        return torch.full_like(x, without) if linear is None else torch.sigmoid(linear(x, i) + bias[i])
 
     def _project(self, banks: Tensor, weights: Tensor) -> Tensor:
         """(B, banks, N, d) through each block's matrix (blocks, d, d) -> (B, blocks, N, d)."""
