@@ -71,7 +71,7 @@ def test_a_job_is_shared_settings_then_the_boards_then_its_own():
         ("seeds", [0, 0], "whole numbers"),
         ("board", {}, "at least one table"),
         ("board.mqar", 3, "expected a table"),
-        ("board.mqar.trian", {}, "train and evaluate"),
+        ("board.mqar.trian", {}, "train, evaluate and memory"),
         ("memory.fwe", {}, "Did you mean 'few'"),
         ("memory.few.steps", 9, "must be equal for all"),
         ("train.stesp", 9, "Did you mean 'steps'"),
@@ -315,6 +315,22 @@ def test_boards_have_entries_and_seeds_of_their_own_and_entries_are_measured_oth
     assert begun([end, tuned]) == [tuned, end]
 
 
+def test_a_board_has_settings_of_an_entry_of_its_own():
+    memories = {"none", "few"}
+    board = {
+        "memory": {"few": {"memory_options": {"memory_causal": False}}},
+        "evaluate": {"tasks": ["qa1"], "lengths": ["0k"]},
+    }
+    values = {**CHAINED, "memories": ["none", "few"], "memory": {"few": CHAINED["memory"]["few"]}, "seeds": [0]}
+    later = {**board, "train": {"task": "stories", "tasks": ["qa1"]}}
+    made = Comparison.from_dict({**values, "board": {"one": {**later, "memory": {}}, "two": later}}).jobs
+    options = {(j.board, j.entry): j.experiment.memory_options for j in made if j.entry in memories}
+    assert options == {
+        ("one", "none"): {}, ("one", "few"): {"num_tokens": 2},
+        ("two", "none"): {}, ("two", "few"): {"num_tokens": 2, "memory_causal": False},
+    }  # fmt: skip
+
+
 def begun(made: list[Job]) -> list[Job]:
     """Jobs in the order in which they are begun, where two may run at a time."""
     order: list[Job] = []
@@ -336,6 +352,8 @@ def begun(made: list[Job]) -> list[Job]:
         ("board.tuned.seeds", [1], "further up that trains none with seed 1"),
         ("board.tuned.memories", ["none", "none + end", "few"], "further up that trains few with seed 0"),
         ("board.text.host", "none", "goes with after"),
+        ("board.text.memory", {"few": {}}, "few"),
+        ("board.tuned.memory", {"none": {"steps": 3}}, "must be equal for all"),
         ("board.tuned.after", "tuned", "further up"),
         ("board.text.after", "tuned", "further up"),
         ("board.tuned.memories", ["none + end"], "another entry of the same boards"),

@@ -108,6 +108,40 @@ def test_every_parameter_learns_from_two_segments(options):
         assert bool(p.grad.reshape(len(p), -1).any(-1).all()), name
 
 
+def gates_of_writes(model, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The mean input gate of each write of a row, found by streaming it alone."""
+    found: list[torch.Tensor] = []
+    stream = model.eval().stream()
+
+    def watch(before: State, segment: Any, after: State, said: dict[str, torch.Tensor]) -> None:
+        found.append(torch.stack([value for name, value in said.items() if name.endswith("gate_in")]).mean())
+
+    stream.cache.watch = watch
+    stream.feed(ids[None])
+    return found
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("update_every", [None, 2])
+def test_what_is_written_joins_the_training_loss(update_every, replay):
+    model = attached(write_cost=0.5, update_every=update_every)
+    ids, mask = random_ids(2, 3 * SEGMENT), torch.ones(2, 3 * SEGMENT, dtype=torch.long)
+    mask[1, 2 * SEGMENT - 1 :] = 0
+    with torch.no_grad():
+        gates = [g for row, real in zip(ids, mask.bool(), strict=True) for g in gates_of_writes(model, row[real])]
+    assert len(gates) == (3 + 1 if update_every is None else 9 + 5)
+    labels = ids.masked_fill(mask == 0, -100)
+    given = {"attention_mask": mask, "labels": labels, "use_cache": False, "replay": replay}
+    output = model.train()(ids, **given)
+    torch.testing.assert_close(output.memory_loss.item(), 0.5 * torch.stack(gates).mean().item(), rtol=0, atol=1e-6)
+    free = attached(update_every=update_every).train()(ids, **given)
+    assert free.memory_loss is None
+    torch.testing.assert_close(output.loss, free.loss + output.memory_loss)
+    output.memory_loss.backward()
+    assert bool(model.memory.bias_in.grad.gt(0).all())
+    assert model.eval()(ids, **given).memory_loss is None
+
+
 def test_the_scale_learns_from_zero():
     model = attached(alpha=None)
     ids = random_ids(2, 2 * SEGMENT)
@@ -279,6 +313,7 @@ def test_diagnostics_tell_a_closed_gate():
         ({"update_every": 4}, "does not divide the segment of 6 tokens"),
         ({"route": "identity", "num_slots": 4}, "num_slots = segment"),
         ({"route": "identity", "num_slots": 2, "update_every": 2}, "leave update_every unset"),
+        ({"gates": ["out", "forget"], "write_cost": 1.0}, "needs the input gate"),
         ({"slots": 4}, "num_slots"),
     ],
 )

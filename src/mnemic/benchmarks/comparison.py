@@ -21,6 +21,8 @@
     host = "none"                         # entries that it does not train, with the host of this entry's model there
     [board.later.train]
     steps = 100
+    [board.later.memory.rmt]              # settings of one entry on this board alone, as in the tables `memory` below
+    memory_options = { num_tokens = 8 }
 
     [costs]                               # what `--costs` measures; see `speeds`
     history = 2048
@@ -37,7 +39,7 @@ models equally large.
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ from .experiment import Experiment
 from .speeds import Costs
 
 _KEYS = ("title", "scale", "memories", "seeds", "train", "evaluate", "board", "memory", "costs")
-_BOARD = ("train", "evaluate", "memories", "seeds", "after", "host")
+_BOARD = ("train", "evaluate", "memory", "memories", "seeds", "after", "host")
 _EQUAL = ("task", "tasks", "steps", "batch_size", "gradient_accumulation", "least_segments", "most_segments", "seed")
 
 
@@ -137,14 +139,16 @@ def _jobs(values: Mapping[str, Any]) -> Iterator[Job]:
     for board, parts in _tables(values, "board").items():
         for key in parts:
             if key not in _BOARD:
-                raise ConfigError(f"[board.{board}.{key}]: a board has the tables train and evaluate.")
+                raise ConfigError(f"[board.{board}.{key}]: a board has the tables train, evaluate and memory.")
         if "host" in parts and "after" not in parts:
             raise ConfigError(f"[board.{board}]: host = {parts['host']!r} goes with after, the board that trains it.")
         shared, after = _merged(_table(values, "train"), _table(parts, "train")), parts.get("after")
         entries = parts.get("memories", values["memories"])
         ConfigError.check_names(f"entry of board {board}", entries, values["memories"])
+        ConfigError.check_names(f"entry of board {board}", _tables(parts, "memory"), entries)
+        settings = {e: _merged(*(_tables(t, "memory").get(e, {}) for t in (values, parts))) for e in entries}
         for entry in entries:
-            own, trained, measured = _own(values, entry, entries)
+            own, trained, measured = _own(settings, entry)
             evaluations = _evaluations(board, values, parts, measured)
             for seed in parts.get("seeds", values.get("seeds", [0])):
                 begins = None if (after, entry, seed) in made else parts.get("host")
@@ -162,11 +166,12 @@ def _jobs(values: Mapping[str, Any]) -> Iterator[Job]:
                 yield Job(board, entry, seed, experiment, evaluations, trained, after, begins)
 
 
-def _own(
-    values: Mapping[str, Any], entry: str, entries: Sequence[str]
-) -> tuple[dict[str, Any], str | None, Mapping[str, Any]]:
-    """Settings of an entry's experiment, the entry that is trained for it, and settings of its evaluations."""
-    own = {"memory": entry, **_tables(values, "memory").get(entry, {})}
+def _own(settings: Mapping[str, Mapping[str, Any]], entry: str) -> tuple[dict[str, Any], str | None, Mapping[str, Any]]:
+    """Settings of an entry's experiment, the entry that is trained for it, and settings of its evaluations.
+
+    settings: of all entries of the board.
+    """
+    own = {"memory": entry, **settings[entry]}
     unequal = [key for key in own if key in _EQUAL]
     if unequal:
         raise ConfigError(f"[memory.{entry}]: {', '.join(unequal)} must be equal for all; set it for a board.")
@@ -174,7 +179,7 @@ def _own(
     own.pop("evaluate", None)
     if trained is None:
         return own, None, measured
-    other, others, _ = _own(values, trained, entries) if trained in entries and trained != entry else ({}, "", {})
+    other, others, _ = _own(settings, trained) if trained in settings and trained != entry else ({}, "", {})
     if others is not None or not measured or len(own) > 1:
         raise ConfigError(
             f"[memory.{entry}]: trained = {trained!r}, expected another entry of the same boards that is trained "

@@ -171,6 +171,7 @@ class Segment:
     written_trace: per layer, what was kept with `Step.keep_written`, (B, num_write_tokens, ...).
     mask: (B, T) bool, False for padding; None where every token is real.
     start: (B,) int64, tokens of the stream before this segment.
+    losses: what the commit adds to the training loss, see `add_loss`.
     """
 
     trace: Mapping[int, Trace]
@@ -178,6 +179,11 @@ class Segment:
     written_trace: Mapping[int, Trace] = field(default_factory=dict)
     mask: Tensor | None = None
     start: Tensor | None = None
+    losses: list[Tensor] = field(default_factory=list)
+
+    def add_loss(self, value: Tensor) -> None:
+        """(B,), what this commit costs in each row: the mean over all commits of a call joins the training loss."""
+        self.losses.append(value)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,10 @@ def encode_segment(
     done = Segment(trace, written, mask=padding, start=_start(rows, start, embeds.device))
     after_left = State({**state, **frame.left})
     committed = memory.commit(after_left, done)
+    if done.losses:
+        raise UnsupportedError(
+            f"The memory {memory.name!r} adds to the training loss when it commits, which is of decoder hosts alone."
+        )
     idle = lengths == 0
     if bool(idle.any()):
         committed = committed if memory.masked_commits else committed.where(idle, state)

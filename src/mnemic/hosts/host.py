@@ -121,6 +121,7 @@ class MemoryHost(SavedWithMemory, MemorySteps):
             checkpointing=self._checkpointing(),
             diagnosing=memory_diagnostics or cache.watch is not None,
             total=-(-(cache.open % layout.every + aligned.lengths) // layout.every),
+            commits_due=int(((cache.open % layout.every + aligned.lengths) // layout.every).sum()),
             offset=torch.zeros_like(aligned.lengths),
             commits=torch.zeros_like(aligned.lengths),
         )
@@ -174,13 +175,14 @@ class MemoryHost(SavedWithMemory, MemorySteps):
             cache, layout, piece, cut(call.aligned.tokens, piece), wanted(piece), call.persistent, call.diagnosing
         )
         call.losses += losses.values()
-        self._advance(cache, layout, piece, segment, call.found if call.diagnosing else None)
+        self._advance(cache, call, piece, segment)
         call.offset, call.commits = call.offset + piece.take, call.commits + piece.done.long()
         return piece, logits
 
-    def _advance(self, cache: MemoryCache, layout: Layout, piece: Piece, segment: Segment, found: list | None) -> None:
+    def _advance(self, cache: MemoryCache, call: Reading, piece: Piece, segment: Segment) -> None:
         """Move the rows on, commit those that reached a commit, close the segments that are complete."""
         assert cache.state is not None
+        layout = call.layout
         cache.open, cache.seen = cache.open + piece.take, cache.seen + piece.take
         if bool(piece.done.any()) and not layout.continuous:
             rows = piece.done.nonzero().squeeze(1)
@@ -200,11 +202,12 @@ class MemoryHost(SavedWithMemory, MemorySteps):
                 joined = {i: {**segment.trace.get(i, {}), **trace.get(i, {})} for i in {**segment.trace, **trace}}
                 segment = replace(segment, trace=joined)
             after = self.memory.commit(before, segment)
-            if found is not None:
+            call.losses += [loss.sum() / call.commits_due for loss in segment.losses]
+            if call.diagnosing:
                 with torch.no_grad():
-                    found.append(self.memory.diagnostics(before, segment))
+                    call.found.append(self.memory.diagnostics(before, segment))
                 if cache.watch is not None:
-                    cache.watch(before, segment, after, found[-1])
+                    cache.watch(before, segment, after, call.found[-1])
             cache.state = after if everyone else cache.state.put(rows, after)
             cache.reads = None
         if bool(piece.ended.any()):

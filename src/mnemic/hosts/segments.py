@@ -152,7 +152,7 @@ class Reading:
     persistent: a cache is kept for later calls. carried: (B,) rows whose state comes from an earlier call.
     checkpointing: the host's layers will be replayed. diagnosing: diagnostics are asked for. total: (B,) stretches
     between commits of each row. offset, commits: (B,) tokens read and commits made. found: the diagnostics of each
-    commit. losses: the memory's own, scalars.
+    commit. commits_due: commits of all rows that the call will make. losses: the memory's own, scalars.
     """
 
     aligned: Aligned
@@ -163,6 +163,7 @@ class Reading:
     checkpointing: bool
     diagnosing: bool
     total: Tensor
+    commits_due: int
     offset: Tensor
     commits: Tensor
     found: list[dict[str, Tensor]] = field(default_factory=list)
