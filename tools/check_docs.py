@@ -35,6 +35,7 @@ GENERATED = {
                 "lm2_design",
                 "lm2_blocks",
                 "lm2_changes",
+                "lm2_bind",
                 "lm2_long",
                 "lm2_retention",
                 "lm2_planted",

@@ -281,6 +281,11 @@ def lm2_changes() -> str:
     return _NOT_RUN if found is None else change_table(found["text_changes"])
 
 
+def lm2_bind() -> str:
+    """Board bind."""
+    return _lm2_board("bind")
+
+
 def lm2_long() -> str:
     """The main table's LM2 after training on samples four times as long."""
     return _lm2_board("long")
@@ -347,7 +352,7 @@ def _lm2_tried(path: str, name: Any) -> str:
     lengths = list(dict.fromkeys(length for row in found for length in row["scores"]))
     rows = []
     for row in found:
-        gates = [f"{value:.2f}" for gate, value in row["gates"].items() if gate.endswith("gate_in")]
+        gates = [f"{value:.3f}" for gate, value in row["gates"].items() if gate.endswith("gate_in")]
         scores = [f"{100 * row['scores'][n]['mean']:.0f}" if n in row["scores"] else "–" for n in lengths]
         rows.append([name(row), *scores, ", ".join(gates) or "–"])
     return table(["board main", *lengths, "input gates"], rows)
@@ -427,7 +432,7 @@ if __name__ == "__main__":
         "recurrent_stories": recurrent_stories, "transformer_xl_study": transformer_xl_study,
         "rmt_1m": rmt_1m, "lm2_claims": lm2_claims, "lm2_main": lm2_main, "lm2_margins": lm2_margins,
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
-        "lm2_changes": lm2_changes, "lm2_long": lm2_long,
+        "lm2_changes": lm2_changes, "lm2_bind": lm2_bind, "lm2_long": lm2_long,
         "lm2_retention": lm2_retention, "lm2_planted": lm2_planted,
         "lm2_binding": lm2_binding, "lm2_trials": lm2_trials, "lm2_search": lm2_search,
     }  # fmt: skip
