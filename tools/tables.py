@@ -294,8 +294,8 @@ def lm2_long() -> str:
 def lm2_retention() -> str:
     """Right answers by segments of background read since the facts, and the bank's norm over that after the facts."""
     rows, heads = [], []
-    for title, path in (("input bias -2", "lm2/retention-open.json"), ("input bias -4", "lm2/retention-closed.json")):
-        for name, reading in read(path)["readings"].items():
+    for title in ("open", "closed", "priced"):
+        for name, reading in read(f"lm2/retention-{title}.json")["readings"].items():
             heads = [str(point["segments"]) for point in reading["points"]]
             cells = [f"{100 * point['accuracy']:.0f} (×{point['grown']:.1f})" for point in reading["points"]]
             rows.append([f"{title}: {name}", *cells])
