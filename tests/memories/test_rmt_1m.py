@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mnemic
 from benchmarks.memorize import Training, accuracy, encoder, texts, with_memory
 from benchmarks.replay import LiveBytes
-from mnemic import ConfigError
+from mnemic import ConfigError, UnsupportedError
 from mnemic.core.memory import HostSpec, Segment
 from mnemic.hosts.right_aligned import right_aligned, segments_of
 from mnemic.memories.recurrent.rmt_1m import RMT1M, RMT1MConfig
@@ -201,6 +201,19 @@ def test_memory_is_constant_and_work_linear():
     operations = [_operations(model, ids) for ids in (short, long)]
     assert operations[0] > 1e6
     assert operations[1] == pytest.approx(8 * operations[0], rel=0.001)
+
+
+def test_what_a_commit_costs_is_of_decoders_alone(monkeypatch):
+    model = attached()
+    commit = model.memory.commit
+
+    def costly(state, segment):
+        segment.add_loss(torch.ones(2))
+        return commit(state, segment)
+
+    monkeypatch.setattr(model.memory, "commit", costly)
+    with pytest.raises(UnsupportedError, match="'rmt-1m' adds to the training loss when it commits"):
+        model(random_ids(2, 2 * SEGMENT))
 
 
 @pytest.mark.parametrize("options", [{"num_tokens": 0}, {"cls_id": -1}, {"sep_id": 1.5}, {"retrieve": 1}, {"slots": 3}])
