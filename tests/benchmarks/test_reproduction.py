@@ -11,9 +11,11 @@ from mnemic.benchmarks.evaluation import Evaluation
 from mnemic.benchmarks.expected import tokens_measured
 from mnemic.benchmarks.jobs import run_jobs
 from mnemic.benchmarks.reproduction import cost, printed
+from mnemic.benchmarks.reproduction.claims import claims
 from mnemic.benchmarks.reproduction.full import estimate
 from mnemic.benchmarks.reproduction.layout import layout, margins
 from mnemic.benchmarks.reproduction.recipe import full_text, parse
+from mnemic.benchmarks.reproduction.tables import board_table
 from mnemic.core.errors import ConfigError, InputError, UnknownNameError
 from mnemic.hosts import parameter_report
 from mnemic.training.tokenizer import listed_tokenizer
@@ -119,6 +121,36 @@ def test_a_layout_has_lengths_then_models_and_leaves_out_models_that_lack_a_task
     assert margins(table.averages(), "a", "b", ("0k", "1k")) == {"ratio_of_means": 100.0, "mean_of_ratios": 100.0}
     assert margins(table.averages(), "a", "b", ("1k",)) is None
     assert margins({"0k": {"a": 1.0, "b": 0.0}}, "a", "b", ("0k",)) is None
+
+
+def test_boards_of_several_tasks_and_of_one():
+    rows = {"0k": {"a": {"qa1": [0.5, 0.4, 0.6], "qa2": [1.0, 1.0, 1.0]}}, "1k": {"b": {"qa1": [0.25, 0.2, 0.3]}}}
+    assert board_table({"tasks": ["qa1", "qa2"], "rows": rows}).splitlines()[2:] == [
+        "| 0k | a | 50.0 (40 to 60) | 100.0 (100 to 100) | 75.0 |",
+        "| 1k | b | 25.0 (20 to 30) | – | 25.0 |",
+    ]
+    assert board_table({"tasks": ["qa1"], "rows": rows}).splitlines() == [
+        "| qa1 | 0k | 1k |",
+        "| --- | ---: | ---: |",
+        "| a | 50.0 (40 to 60) | – |",
+        "| b | – | 25.0 (20 to 30) |",
+    ]
+
+
+def test_claims_are_of_the_tasks_that_were_measured():
+    assert "| qa1 at 1K: LM2 / RMT / host | 85.0 / 35.0 / 31.0 | not run yet |" in claims(None)
+    rows = {"1k": {name: {"qa1": [mean, mean, mean]} for name, mean in (("lm2", 0.9), ("rmt", 0.6), ("none", 0.5))}}
+    found = {"main": "main", "boards": {"main": {"tasks": ["qa1"], "rows": rows}}, "text": {}, "text_changes": []}
+    found["margins"] = {"rmt": {"all": {"ratio_of_means": 50.0, "mean_of_ratios": 51.0}}, "none": {"all": None}}
+    said = claims(found).splitlines()
+    assert "| LM2 over RMT, 0K to 4K | +37.1% | +50.0% (+51.0% as the mean of ratios) |" in said
+    assert "| LM2 over Llama-3.2 (here: the host alone) | +86.3% | – |" in said
+    assert "| qa1 at 1K: LM2 / RMT / host | 85.0 / 35.0 / 31.0 | 90.0 / 60.0 / 50.0 |" in said
+    assert "| qa1 at 2K: LM2 / RMT / host | 58.0 / 44.0 / 25.0 | – / – / – |" in said
+    tasks = [f"qa{number}" for number in range(1, 11)]
+    ten = {"1k": {"lm2": {task: [0.1 * at] * 3 for at, task in enumerate(tasks, 1)}}}
+    said = claims({**found, "boards": {"main": {"tasks": tasks, "rows": ten}}}).splitlines()
+    assert "| mean of qa1 to qa10 at 1K: LM2 / RMT / host | 78.3 / 47.9 / 50.6 | 55.0 / – / – |" in said
 
 
 @pytest.mark.parametrize("scale", reproduction.SCALES)
@@ -270,7 +302,8 @@ def test_findings_of_a_small_run(small, tmp_path):
     paths = reproduction.write(found, tmp_path)
     assert [p.name for p in paths] == ["findings.json", "tables.md", "curves.png"]
     said = paths[1].read_text(encoding="utf-8")
-    assert "| 420 | none + end |" in said
+    assert "| qa1 | 0k | 420 |" in said
+    assert "\n| none + end | " in said
     assert "paper: RMT-1.7B, printed +37.1%" in said
     assert "## words: held-out" in said
     assert "| attached: lm2 | 0 | 64 | lm2 before, from board words |" in said

@@ -143,17 +143,27 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def board_table(board: Mapping[str, Any]) -> str:
-    """Lengths and models down, tasks across, as in the paper; in percent, with the lowest and highest of the seeds."""
-    tasks, lines = board["tasks"], []
-    for length, models in board["rows"].items():
+    """Lengths and models down, tasks across, as in the paper; of one task, models down and lengths across.
+
+    In percent; behind each score the lowest and highest of the seeds, or the 95% interval of a single one.
+    """
+    tasks, rows = board["tasks"], board["rows"]
+    if len(tasks) == 1:
+        models = dict.fromkeys(name for found in rows.values() for name in found)
+        values = [[_cell(rows[length].get(name, {}).get(tasks[0])) for length in rows] for name in models]
+        return _table([tasks[0], *rows], [[name, *cells] for name, cells in zip(models, values, strict=True)])
+    lines = []
+    for length, models in rows.items():
         for name, cells in models.items():
-            values = [_cell(*cells[task]) if task in cells else "–" for task in tasks]
-            mean = sum(cells[task][0] for task in cells) / len(cells)
-            lines.append([length, name, *values, f"{100 * mean:.1f}"])
+            mean = sum(one[0] for one in cells.values()) / len(cells)
+            lines.append([length, name, *(_cell(cells.get(task)) for task in tasks), f"{100 * mean:.1f}"])
     return _table(["length", "model", *tasks, "mean"], lines)
 
 
-def _cell(mean: float, low: float, high: float) -> str:
+def _cell(score: Sequence[float] | None) -> str:
+    if score is None:
+        return "–"
+    mean, low, high = score
     return f"{100 * mean:.1f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
