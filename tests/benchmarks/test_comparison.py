@@ -80,6 +80,9 @@ def test_a_job_is_shared_settings_then_the_boards_then_its_own():
         ("board.mqar.evaluate", [], "expected a table"),
         ("board.mqar.evaluate", [{"lengths": ["2", "4"]}] * 2, "qa1 at length 2 with seed 1 twice"),
         ("board.mqar.evaluate", {"options": {"pairs": []}}, "measures nothing"),
+        ("board.mqar.evaluate", [{"memories": ["fwe"]}], "Did you mean 'few'"),
+        ("board.mqar.evaluate", [{"memories": "few"}], "list of different names"),
+        ("board.mqar.evaluate", [{"memories": ["few"]}], "no table measures none"),
         ("costs.rouns", 2, "Did you mean 'rounds'"),
         ("costs.rounds", 0, "at least 1"),
         ("costs.board", "mqra", "Did you mean 'mqar'"),
@@ -184,6 +187,14 @@ def test_one_model_is_measured_on_several_tasks_and_sizes(tmp_path):
     logs = [list(log.batches(path)) for path in jobs.answers(comparison.jobs[0], tmp_path / "both")]
     assert [{len(r["targets"]) for line in lines for r in line["records"]} for lines in logs] == [{2}, {1}]
     assert len(list((tmp_path / "both").rglob("experiment.toml"))) == 1
+
+
+def test_a_measurement_of_some_entries():
+    evaluate = [{"lengths": ["0k"]}, {"lengths": ["1k"], "memories": ["few"]}, {"lengths": ["2k"]}]
+    made = Comparison.from_dict(_with("board.mqar.evaluate", evaluate)).jobs
+    lengths = {job.entry: [one.lengths for one in job.evaluations] for job in made}
+    assert lengths["none"] == [("0k",), ("2k",)]
+    assert lengths["few"] == [("0k",), ("1k",), ("2k",)]
 
 
 def test_sizes_are_those_trained_on_for_tasks_of_one_kind(tmp_path):

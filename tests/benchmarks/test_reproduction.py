@@ -141,9 +141,12 @@ def test_claims_are_of_the_tasks_that_were_measured():
     assert "| qa1 at 1K: LM2 / RMT / host | 85.0 / 35.0 / 31.0 | not run yet |" in claims(None)
     rows = {"1k": {name: {"qa1": [mean, mean, mean]} for name, mean in (("lm2", 0.9), ("rmt", 0.6), ("none", 0.5))}}
     found = {"main": "main", "boards": {"main": {"tasks": ["qa1"], "rows": rows}}, "text": {}, "text_changes": []}
-    found["margins"] = {"rmt": {"all": {"ratio_of_means": 50.0, "mean_of_ratios": 51.0}}, "none": {"all": None}}
+    found["margins"] = {
+        "rmt": {"all": {"ratio_of_means": 50.0, "mean_of_ratios": 51.0}, "interval": [40.0, 60.0]},
+        "none": {"all": None, "interval": None},
+    }
     said = claims(found).splitlines()
-    assert "| LM2 over RMT, 0K to 4K | +37.1% | +50.0% (+51.0% as the mean of ratios) |" in said
+    assert "| LM2 over RMT, 0K to 4K | +37.1% | +50.0% (+40.0 to +60.0; +51.0% as the mean of ratios) |" in said
     assert "| LM2 over Llama-3.2 (here: the host alone) | +86.3% | – |" in said
     assert "| qa1 at 1K: LM2 / RMT / host | 85.0 / 35.0 / 31.0 | 90.0 / 60.0 / 50.0 |" in said
     assert "| qa1 at 2K: LM2 / RMT / host | 58.0 / 44.0 / 25.0 | – / – / – |" in said
@@ -297,6 +300,7 @@ def test_findings_of_a_small_run(small, tmp_path):
         assert one["mean"] == pytest.approx(100 * (texts[key[:2]] / texts[others[key]] - 1), abs=1e-3)
         assert one["low"] <= one["mean"] <= one["high"]
     assert set(found["margins"]["none"]["seeds"]) == {"0"}
+    assert set(found["margins"]["none"]) == {"all", "interval", "seeds"}
     tokens = [at for at, _ in found["curves"]["words"]["lm2"]]
     assert tokens == [2 * 64, 4 * 64]
     paths = reproduction.write(found, tmp_path)

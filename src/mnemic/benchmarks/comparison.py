@@ -12,7 +12,8 @@
     [board.recall.train]                  # a board: what is trained, and
     task = "recall"
     [board.recall.evaluate]               # on what it is measured; both on top of the tables above
-    tasks = ["recall"]                    # several measurements of one model: [[board.recall.evaluate]], once for each
+    tasks = ["recall"]                    # several measurements of one model: [[board.recall.evaluate]], once for each;
+                                          # with memories = ["lm2"] in one, of those entries alone
 
     [board.later]                         # optional, for any board:
     memories = ["lm2"]                    # its own entries, among those above; None: all
@@ -39,7 +40,7 @@ models equally large.
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def _jobs(values: Mapping[str, Any]) -> Iterator[Job]:
         settings = {e: _merged(*(_tables(t, "memory").get(e, {}) for t in (values, parts))) for e in entries}
         for entry in entries:
             own, trained, measured = _own(settings, entry)
-            evaluations = _evaluations(board, values, parts, measured)
+            evaluations = _evaluations(board, entry, entries, values, parts, measured)
             for seed in parts.get("seeds", values.get("seeds", [0])):
                 begins = None if (after, entry, seed) in made else parts.get("host")
                 if after is not None and trained is None and (after, begins or entry, seed) not in made:
@@ -189,13 +190,24 @@ def _own(settings: Mapping[str, Mapping[str, Any]], entry: str) -> tuple[dict[st
 
 
 def _evaluations(
-    board: str, values: Mapping[str, Any], parts: Mapping[str, Any], own: Mapping[str, Any]
-) -> tuple[Evaluation, ...]:
-    """What a model of a board is measured on: one table, or several in a list, no score twice; `own` of the entry."""
+    board: str, entry: str, entries: Sequence[str], values: Mapping[str, Any], parts: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> tuple[Evaluation, ...]:  # fmt: skip
+    """What an entry's models are measured on: one table, or those of a list that are of it, no score twice.
+
+    entries: of the board. own: settings of this entry, on top.
+    """
     given = parts.get("evaluate", {})
-    tables = given if isinstance(given, list) and given else [given]
-    shared = _table(values, "evaluate")
-    found = tuple(Evaluation.from_dict(_merged(shared, _table({"evaluate": t}, "evaluate"), own)) for t in tables)
+    found, shared = [], _table(values, "evaluate")
+    for one in given if isinstance(given, list) and given else [given]:
+        table = dict(_table({"evaluate": one}, "evaluate"))
+        of = table.pop("memories", list(entries))
+        _check_lists({"memories": of})
+        ConfigError.check_names(f"entry of board {board}", of, entries)
+        if entry in of:
+            found.append(Evaluation.from_dict(_merged(shared, table, own)))
+    if not found:
+        raise ConfigError(f"[[board.{board}.evaluate]]: no table measures {entry}; name it in one of them.")
     names = [name for evaluation in found for name in evaluation.names()]
     twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
     if twice is not None:
@@ -203,7 +215,7 @@ def _evaluations(
             f"[[board.{board}.evaluate]] measures {twice[0]} at length {twice[1]} with seed {twice[2]} twice; give "
             "other lengths, seeds or options."
         )
-    return found
+    return tuple(found)
 
 
 def _merged(*tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def _margin(found: Mapping[str, Any] | None, other: str) -> str:
     one = found["margins"].get(other)
     if one is None or one["all"] is None:
         return "–"
-    return f"{one['all']['ratio_of_means']:+.1f}% ({one['all']['mean_of_ratios']:+.1f}% as the mean of ratios)"
+    means, ratios, interval = one["all"]["ratio_of_means"], one["all"]["mean_of_ratios"], one["interval"]
+    between = "" if interval is None else f"{interval[0]:+.1f} to {interval[1]:+.1f}; "
+    return f"{means:+.1f}% ({between}{ratios:+.1f}% as the mean of ratios)"
 
 
 def _variant(found: Mapping[str, Any] | None, entry: str) -> str:

@@ -17,6 +17,7 @@ from ..jobs import Outcome
 from ..leaderboard import leaderboard
 from . import printed
 from .layout import layout, margins
+from .margin_interval import margin_interval
 from .recipe import Recipe
 from .text_changes import text_changes
 
@@ -28,8 +29,9 @@ def findings(recipe: Recipe, folder: str | Path, outcomes: Sequence[Outcome]) ->
 
     Returns: "boards": name -> {"tasks", "rows": length -> model -> task -> [mean, low, high]}, ranges being those of
         the training seeds, or the 95% interval of a single run; "text": board -> held-out perplexities;
-        "text_changes": see `text_changes`; "margins": other -> of the means over the training seeds, and "seeds": of
-        each; "curves": board -> entry -> [tokens, perplexity]; "models", "settings", "scale", "environment".
+        "text_changes": see `text_changes`; "margins": other -> "all": of the means over the training seeds, "interval":
+        see `margin_interval`, "seeds": of each; "curves": board -> entry -> [tokens, perplexity]; "models", "settings",
+        "scale", "environment".
     """
     folder = Path(folder)
     results, _ = leaderboard(recipe.comparison, folder, outcomes)
@@ -45,7 +47,7 @@ def findings(recipe: Recipe, folder: str | Path, outcomes: Sequence[Outcome]) ->
         "boards": {name: table.as_json() for name, table in boards.items()},
         "text": text,
         "text_changes": text_changes(folder, outcomes),
-        "margins": _margins(recipe, results, scores.get(recipe.main, [])),
+        "margins": _margins(recipe, folder, outcomes, results, scores.get(recipe.main, [])),
         "curves": {name: _curves(recipe, folder, outcomes, name) for name in recipe.curves},
         "models": results["models"],
         "settings": results["settings"],
@@ -69,8 +71,12 @@ def _by_board(
     return found
 
 
-def _margins(recipe: Recipe, results: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By other entry: of the means over training seeds, and of each training seed."""
+def _margins(
+    recipe: Recipe, folder: Path, outcomes: Sequence[Outcome], results: Mapping[str, Any],
+    scores: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """By other entry: of the means over training seeds, its interval, and of each training seed."""
+    done = [one.job for one in outcomes if one.refused is None and one.job.board == recipe.main]
 
     def one(other: str, some: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
         averages = layout({**results, "scores": some}).averages() if some else {}
@@ -80,6 +86,7 @@ def _margins(recipe: Recipe, results: Mapping[str, Any], scores: Sequence[Mappin
     return {
         other: {
             "all": one(other, scores),
+            "interval": margin_interval(folder, done, recipe.model, other, recipe.compared),
             "seeds": {str(seed): one(other, [s for s in scores if s["train_seed"] == seed]) for seed in seeds},
         }
         for other in recipe.others
@@ -172,18 +179,23 @@ def margin_table(found: Mapping[str, Any]) -> str:
     lines = []
     for other, one in found["margins"].items():
         each = [m["ratio_of_means"] for m in one["seeds"].values() if m is not None]
-        whole = one["all"]
-        values = (
-            ["–", "–"] if whole is None else [f"{whole['ratio_of_means']:+.1f}%", f"{whole['mean_of_ratios']:+.1f}%"]
+        whole, interval = one["all"], one["interval"]
+        lines.append(
+            [
+                other,
+                *(["–", "–"] if whole is None else [f"{whole[kind]:+.1f}%" for kind in _KINDS]),
+                "–" if interval is None else f"{interval[0]:+.1f}% to {interval[1]:+.1f}%",
+                f"{min(each):+.1f}% to {max(each):+.1f}%" if each else "–",
+            ]
         )
-        lines.append([other, *values, f"{min(each):+.1f}% to {max(each):+.1f}%" if each else "–"])
     for other, said in printed.MARGINS.items():
         one = margins(printed.averages(), "LM2-1.7B", other, printed.COMPARED)
         assert one is not None
-        lines.append(
-            [f"paper: {other}, printed +{said}%", f"+{one['ratio_of_means']}%", f"+{one['mean_of_ratios']}%", "–"]
-        )
-    return _table(["better than", "ratio of means", "mean of ratios", "seeds"], lines)
+        lines.append([f"paper: {other}, printed +{said}%", *(f"{one[kind]:+.1f}%" for kind in _KINDS), "–", "–"])
+    return _table(["better than", "ratio of means", "mean of ratios", "95%, of the questions", "seeds"], lines)
+
+
+_KINDS = ("ratio_of_means", "mean_of_ratios")
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
