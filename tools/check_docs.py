@@ -40,6 +40,7 @@ GENERATED = {
                 "lm2_retention",
                 "lm2_planted",
                 "lm2_binding",
+                "lm2_norm_scale",
                 "lm2_trials",
                 "lm2_search",
             ),

@@ -337,6 +337,15 @@ def lm2_binding() -> str:
     return table(["telegrams", "seed", "steps", *found[0]["right"]], rows)
 
 
+def lm2_norm_scale() -> str:
+    """How soon LM2 is through with the telegrams of board bind, by what its norm's weights start at."""
+    rows = read("lm2/norm_scale.json")["rows"]
+    at = ("250", "500", "750", "1000", "1400")
+    cells = [[f"{row['loss'][n]:.2f}" if n in row["loss"] else "–" for n in at] for row in rows]
+    lines = [[row["what"], str(row["seed"]), *losses] for row, losses in zip(rows, cells, strict=True)]
+    return table(["loss at step", "seed", *(f"{int(n):,}" for n in at)], lines)
+
+
 def lm2_trials() -> str:
     """Settings of board main that were tried on LM2 of two layers: right answers by length, and the input gates."""
     return _lm2_tried("lm2/trials.json", lambda row: row["what"])
@@ -434,6 +443,6 @@ if __name__ == "__main__":
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
         "lm2_changes": lm2_changes, "lm2_bind": lm2_bind, "lm2_long": lm2_long,
         "lm2_retention": lm2_retention, "lm2_planted": lm2_planted,
-        "lm2_binding": lm2_binding, "lm2_trials": lm2_trials, "lm2_search": lm2_search,
+        "lm2_binding": lm2_binding, "lm2_norm_scale": lm2_norm_scale, "lm2_trials": lm2_trials, "lm2_search": lm2_search,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

@@ -314,6 +314,7 @@ def test_diagnostics_tell_a_closed_gate():
         ({"route": "identity", "num_slots": 4}, "num_slots = segment"),
         ({"route": "identity", "num_slots": 2, "update_every": 2}, "leave update_every unset"),
         ({"gates": ["out", "forget"], "write_cost": 1.0}, "needs the input gate"),
+        ({"norm": False, "norm_scale": 2.0}, "needs the norm"),
         ({"slots": 4}, "num_slots"),
     ],
 )
@@ -323,6 +324,17 @@ def test_unusable_configurations_are_refused(options, message):
         mnemic.attach(host, "lm2", segment=SEGMENT, **{"num_slots": 4, **options})
     assert not mnemic.is_attached(host)
     assert not any(name.startswith("memory.") for name, _ in host.named_parameters())
+
+
+def test_with_a_larger_scale_of_the_norm_slots_choose_more_sharply_and_queries_too():
+    ids = random_ids(2, 4 * SEGMENT)
+    found = []
+    for scale in (1.0, 2.0):
+        model = attached(norm_scale=scale)
+        assert {p.unique().item() for p in (model.memory.query_norm, model.memory.slot_norm)} == {scale}
+        found.append(model(ids, memory_diagnostics=True).memory_diagnostics)
+    for block in range(2):
+        assert found[1][f"block{block}/slot_entropy"] < found[0][f"block{block}/slot_entropy"]
 
 
 def test_presets():
