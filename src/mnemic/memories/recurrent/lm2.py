@@ -16,8 +16,9 @@ Where this departs from the paper, and why:
 - `content_write`: as printed, token content never enters the bank: values are projections of old memory.
 - `retention`: with one bank for all blocks, the share of it that survives a segment is the product of the blocks'
   forget gates: 0.5^16 for zero biases. The bias is set so that the product starts at `retention`.
-- `norm`: RMSNorm on queries and slots; without it the routing starts as a plain mean over tokens. With a `norm_scale`
-  of 2 slots choose tokens more sharply from the start and part sooner: what a slot is for is found in half the steps.
+- `norm`: RMSNorm on queries and slots; without it the routing starts as a plain mean over tokens. With a
+  larger `norm_scale` slots choose tokens more sharply from the start and part sooner; at 2 reads are so sharp that they
+  learn little else (docs/lm2.md).
 - `write_cost` (0): of text that has nothing to keep every segment still writes a little, which in the end covers what
   the bank holds. The mean input gate joins the training loss, so that a gate opens only where that pays.
 - `query_source`: what reads and is written is the normalised residual stream, the paper's E; the released code takes
