@@ -36,7 +36,6 @@ GENERATED = {
                 "lm2_blocks",
                 "lm2_changes",
                 "lm2_bind",
-                "lm2_long",
                 "lm2_retention",
                 "lm2_planted",
                 "lm2_binding",

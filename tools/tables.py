@@ -286,11 +286,6 @@ def lm2_bind() -> str:
     return _lm2_board("bind")
 
 
-def lm2_long() -> str:
-    """The main table's LM2 after training on samples four times as long."""
-    return _lm2_board("long")
-
-
 def lm2_retention() -> str:
     """Right answers by segments of background read since the facts, and the bank's norm over that after the facts."""
     rows, heads = [], []
@@ -441,8 +436,9 @@ if __name__ == "__main__":
         "recurrent_stories": recurrent_stories, "transformer_xl_study": transformer_xl_study,
         "rmt_1m": rmt_1m, "lm2_claims": lm2_claims, "lm2_main": lm2_main, "lm2_margins": lm2_margins,
         "lm2_design": lm2_design, "lm2_blocks": lm2_blocks,
-        "lm2_changes": lm2_changes, "lm2_bind": lm2_bind, "lm2_long": lm2_long,
+        "lm2_changes": lm2_changes, "lm2_bind": lm2_bind,
         "lm2_retention": lm2_retention, "lm2_planted": lm2_planted,
-        "lm2_binding": lm2_binding, "lm2_norm_scale": lm2_norm_scale, "lm2_trials": lm2_trials, "lm2_search": lm2_search,
+        "lm2_binding": lm2_binding, "lm2_norm_scale": lm2_norm_scale, "lm2_trials": lm2_trials,
+        "lm2_search": lm2_search,
     }  # fmt: skip
     print(tables[sys.argv[1]]())

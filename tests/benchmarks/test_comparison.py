@@ -326,6 +326,20 @@ def test_boards_have_entries_and_seeds_of_their_own_and_entries_are_measured_oth
     assert begun([end, tuned]) == [tuned, end]
 
 
+def test_models_begin_on_the_same_seed_or_on_the_only_one():
+    text, tuned = CHAINED["board"]["text"], CHAINED["board"]["tuned"]
+
+    def starts(first: list[int]) -> list[str]:
+        boards = {"text": {**text, "seeds": first}, "tuned": {**tuned, "seeds": [0, 1]}}
+        made = Comparison.from_dict({**CHAINED, "board": boards}).jobs
+        return [str(job.start) for job in made if (job.board, job.entry) == ("tuned", "none")]
+
+    assert starts([0, 1]) == ["runs/text/none/seed-0", "runs/text/none/seed-1"]
+    assert starts([3]) == ["runs/text/none/seed-3"] * 2
+    with pytest.raises(ConfigError, match="none with seed 1, or with one seed"):
+        starts([0, 3])
+
+
 def test_a_board_has_settings_of_an_entry_of_its_own():
     memories = {"none", "few"}
     board = {

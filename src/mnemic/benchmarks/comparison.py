@@ -18,7 +18,8 @@
     [board.later]                         # optional, for any board:
     memories = ["lm2"]                    # its own entries, among those above; None: all
     seeds = [0]                           # its own seeds
-    after = "recall"                      # models begin with the weights of the same entry and seed of that board;
+    after = "recall"                      # models begin with the weights of the same entry and seed of that board, or
+                                          # of its only seed;
     host = "none"                         # entries that it does not train, with the host of this entry's model there
     [board.later.train]
     steps = 100
@@ -62,6 +63,7 @@ class Job:
     trained: the entry of the same board whose model is measured; None: it is trained itself.
     after: the board with whose weights the training begins; None: it begins anew.
     begins: the entry of that board whose host is taken, where it is another one.
+    after_seed: the seed of the model there.
     """
 
     board: str
@@ -72,6 +74,7 @@ class Job:
     trained: str | None = None
     after: str | None = None
     begins: str | None = None
+    after_seed: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -88,10 +91,10 @@ class Job:
         """The folder whose weights the training begins with."""
         if self.after is None or self.trained is not None:
             return None
-        return self._folder(self.after, self.begins or self.entry)
+        return self._folder(self.after, self.begins or self.entry, self.after_seed)
 
-    def _folder(self, board: str, entry: str) -> Path:
-        return Path("runs") / board / entry / f"seed-{self.seed}"
+    def _folder(self, board: str, entry: str, seed: int | None = None) -> Path:
+        return Path("runs") / board / entry / f"seed-{self.seed if seed is None else seed}"
 
 
 @dataclass(frozen=True)
@@ -152,11 +155,14 @@ def _jobs(values: Mapping[str, Any]) -> Iterator[Job]:
             own, trained, measured = _own(settings, entry)
             evaluations = _evaluations(board, entry, entries, values, parts, measured)
             for seed in parts.get("seeds", values.get("seeds", [0])):
-                begins = None if (after, entry, seed) in made else parts.get("host")
-                if after is not None and trained is None and (after, begins or entry, seed) not in made:
+                begins, begun = None, _seed_of(made, after, entry, seed)
+                if begun is None and "host" in parts:
+                    begins = parts["host"]
+                    begun = _seed_of(made, after, begins, seed)
+                if after is not None and trained is None and begun is None:
                     raise ConfigError(
                         f"[board.{board}]: after = {after!r}, expected a board further up that trains "
-                        f"{begins or entry} with seed {seed}."
+                        f"{begins or entry} with seed {seed}, or with one seed."
                     )
                 try:
                     experiment = Experiment.from_dict(_merged(shared, own, {"seed": seed}))
@@ -164,7 +170,13 @@ def _jobs(values: Mapping[str, Any]) -> Iterator[Job]:
                     raise ConfigError(f"{entry} on board {board}: {error}") from error
                 if trained is None:
                     made.add((board, entry, seed))
-                yield Job(board, entry, seed, experiment, evaluations, trained, after, begins)
+                yield Job(board, entry, seed, experiment, evaluations, trained, after, begins, begun)
+
+
+def _seed_of(made: set[tuple[str, str, int]], board: str | None, entry: str, seed: int) -> int | None:
+    """The seed of the entry's model on that board: the same one, or the only one; None where there is no such model."""
+    seeds = [s for b, e, s in made if (b, e) == (board, entry)]
+    return seed if seed in seeds else seeds[0] if len(seeds) == 1 else None
 
 
 def _own(settings: Mapping[str, Mapping[str, Any]], entry: str) -> tuple[dict[str, Any], str | None, Mapping[str, Any]]:
