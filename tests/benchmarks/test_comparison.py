@@ -374,7 +374,7 @@ def begun(made: list[Job]) -> list[Job]:
         ("board.tuned.memories", ["none", "fwe"], "Did you mean 'few'"),
         ("board.tuned.memories", [], "list of different names"),
         ("board.tuned.seeds", [0, 0], "whole numbers"),
-        ("board.tuned.seeds", [1], "further up that trains none with seed 1"),
+        ("board.text.seeds", [1, 2], "further up that trains none with seed 0"),
         ("board.tuned.memories", ["none", "none + end", "few"], "further up that trains few with seed 0"),
         ("board.text.host", "none", "goes with after"),
         ("board.text.memory", {"few": {}}, "few"),
