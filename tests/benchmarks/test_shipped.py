@@ -82,12 +82,16 @@ def test_the_demonstration_asks_it(models, capsys):
     found = demo_asked.ask_shipped(console, lengths=("1k", "2k"))
     assert [(one["task"], one["length"]) for one in found] == [("qa1", "1k"), ("qa1", "2k")]
     assert all(600 < one["tokens"] <= 2000 and one["expected"] for one in found)
+    assert all(one["asked"] == 8 and 0 <= one["right"] <= 8 for one in found)
     assert found[0]["state_bytes"] < 2 * found[1]["state_bytes"]
     assert found[1]["tokens"] > 2 * found[0]["tokens"]
     said = capsys.readouterr().out
-    assert "One stream a line" in said
+    assert "8 streams side by side a line" in said
     assert found[1]["question"] in said
     assert demo_asked.ask_shipped(console, lengths=("1k",), seconds=0.0) == []
+    # What would take too long at the pace so far is left out.
+    slow = demo_asked.ask_shipped(console, lengths=("1k", "64k"), seconds=found[0]["seconds"] * 4 + 1.0)
+    assert [one["length"] for one in slow] == ["1k"]
 
 
 def test_the_demonstration_without_a_model_asks_nothing(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The first part of the demonstration: a model that comes with the package is asked about streams of any length."""
 
 import time
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,18 +18,21 @@ from .trained import stream_bytes
 
 NAME = "lm2-babilong"
 LENGTHS = ("1k", "4k", "16k", "64k", "128k")
-SECONDS = 45.0
-"""No stream is begun when so many have passed."""
+QUESTIONS = 8
+"""Streams read side by side, with a question each; at every length of the same stories, in more and more prose."""
+SECONDS = 60.0
+"""What would take longer at the pace so far is not begun."""
 _ANSWER = 4
 
 
 def ask_shipped(
     console: Console, name: str = NAME, lengths: tuple[str, ...] = LENGTHS, *, seconds: float = SECONDS
 ) -> list[dict[str, Any]]:
-    """One question a task and length, each after a new stream of so many tokens; prints as it goes.
+    """Questions of each task, each after a new stream of so many tokens; prints as it goes.
 
-    Returns: {"task", "length", "tokens", "question", "answer", "expected", "right", "state_bytes", "seconds"} of each;
-        nothing where the package has no such model.
+    Returns: {"task", "length", "tokens", "question", "answer", "expected", "asked", "right", "state_bytes", "seconds"}
+        of each task and length: tokens and state of a stream, and the first question; nothing where the package has no
+        such model.
 
     Raises:
         UnsupportedError: the model was not trained on BABILong.
@@ -45,37 +49,45 @@ def ask_shipped(
         f"of {model.mnemic.layout.segment} words, one after\nanother, and keeps nothing but its state. Facts stand "
         "somewhere in prose; the question comes at the end.\n"
     )
-    table = Table(title="One stream a line")
-    for head in ("task", "words read", "question", "answer", "right answer", "state bytes", "seconds"):
-        table.add_column(head, justify="right" if head in ("words read", "state bytes", "seconds") else "left")
-    started, found = time.perf_counter(), []
+    table = Table(title=f"{QUESTIONS} streams side by side a line")
+    for head in ("task", "words read", "first question", "answer", "right answer", "right", "state bytes", "seconds"):
+        table.add_column(
+            head, justify="left" if head in ("task", "first question", "answer", "right answer") else "right"
+        )
+    started, found, pace = time.perf_counter(), [], 0.0
     for length in lengths:
         for task in one.tasks:
-            if time.perf_counter() - started < seconds:
-                found.append(_ask(model, one.tokenizer, task, length))
-                shown = [f"{v:,}" if isinstance(v, int) else str(v) for k, v in found[-1].items() if k in _SHOWN]
-                table.add_row(*shown)
+            samples = list(islice(open_babilong(task, length, one.tokenizer, "test", seed=1), QUESTIONS))
+            ids = [one.tokenizer(prompt(sample), verbose=False)["input_ids"] for sample in samples]
+            tokens = sum(map(len, ids))
+            if time.perf_counter() - started + pace * tokens > seconds:
+                continue
+            found.append({"task": task, "length": length, **_ask(model, one.tokenizer, task, samples, ids)})
+            pace = found[-1]["seconds"] / tokens
+            row = {**found[-1], "right": f"{found[-1]['right']} of {found[-1]['asked']}"}
+            table.add_row(*(f"{row[k]:,}" if isinstance(row[k], int) else str(row[k]) for k in _SHOWN))
     console.print(table)
-    right = sum(answer["right"] for answer in found)
-    console.print(f"{right} of {len(found)} right. Its card says how often it is: {one.folder / 'README.md'}\n")
+    right, asked = (sum(line[key] for line in found) for key in ("right", "asked"))
+    console.print(f"{right} of {asked} right. Its card says how often it is: {one.folder / 'README.md'}\n")
     return found
 
 
-_SHOWN = ("task", "tokens", "question", "answer", "expected", "state_bytes", "seconds")
+_SHOWN = ("task", "tokens", "question", "answer", "expected", "right", "state_bytes", "seconds")
 
 
 @torch.no_grad()
-def _ask(model: Any, tokenizer: Any, task: str, length: str) -> dict[str, Any]:
+def _ask(model: Any, tokenizer: Any, task: str, samples: list[Any], ids: list[list[int]]) -> dict[str, Any]:
     started = time.perf_counter()
-    sample = next(iter(open_babilong(task, length, tokenizer, "test", seed=1)))
-    ids = torch.tensor([tokenizer(prompt(sample), verbose=False)["input_ids"]])
+    stream = model.stream(len(ids), tokenizer=tokenizer)
     # The last token is read by `generate`, which goes on from it.
-    stream = model.stream(tokenizer=tokenizer).feed(ids[:, :-1])
+    stream.feed([row[:-1] for row in ids])
     state = stream_bytes(stream)
-    answer = stream.generate(ids[:, -1:], max_new_tokens=_ANSWER, do_sample=False, eos_token_id=tokenizer.eos_token_id)
-    record = Record(sample.context, sample.question.strip(), (sample.target,), {"task": task})
+    last = torch.tensor([row[-1:] for row in ids])
+    said = stream.generate(last, max_new_tokens=_ANSWER, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    records = [Record(s.context, s.question.strip(), (s.target,), {"task": task}) for s in samples]
+    right = sum(fixed(text, record) == 1.0 for text, record in zip(said, records, strict=True))
     return {
-        "task": task, "length": length, "tokens": ids.shape[1], "question": sample.question.strip(), "answer": answer,
-        "expected": sample.target, "right": fixed(answer, record) == 1.0, "state_bytes": state,
+        "tokens": sum(map(len, ids)) // len(ids), "question": records[0].question, "answer": said[0],
+        "expected": samples[0].target, "asked": len(ids), "right": right, "state_bytes": state // len(ids),
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
