@@ -186,7 +186,7 @@ def test_models_of_the_main_board_are_equally_large_and_begin_on_their_own_first
         width = 3 * job.experiment.host_options["hidden_size"] * job.experiment.host_options.get("num_hidden_layers", 2)
         assert abs(size(job.experiment, tokenizer) - job.experiment.parameters) <= width, name
         assert size(job.experiment, tokenizer) == size(first[name].experiment, tokenizer)
-        assert job.start == first[job.entry].folder.parent / f"seed-{job.seed}"
+        assert job.start == first[name].folder
 
 
 def size(experiment, tokenizer):

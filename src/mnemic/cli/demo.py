@@ -13,7 +13,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that everything runs.")] = False,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
 ) -> None:
-    """Train a small model with and without a memory, measure it, save a stream and resume it.
+    """Ask the model that comes with mnemic; train a small one with and without a memory; save a stream and resume it.
 
     \b
     Examples:
