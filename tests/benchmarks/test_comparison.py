@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import sys
 from concurrent.futures import Future
 
 import pytest
@@ -338,6 +339,15 @@ def test_models_begin_on_the_same_seed_or_on_the_only_one():
     assert starts([3]) == ["runs/text/none/seed-3"] * 2
     with pytest.raises(ConfigError, match="none with seed 1, or with one seed"):
         starts([0, 3])
+
+
+def test_a_package_that_a_prompt_needs_is_missed_before_anything_is_trained(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    memory = {**CHAINED["memory"], "none + end": {"trained": "none", "evaluate": {"prompt": "bm25:40"}}}
+    comparison = Comparison.from_dict({**CHAINED, "memory": memory})
+    with pytest.raises(MissingExtraError, match=r"mnemic\[retrieval\]"):
+        next(run_jobs(comparison.jobs, tmp_path))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_board_has_settings_of_an_entry_of_its_own():

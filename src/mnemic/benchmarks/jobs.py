@@ -27,6 +27,7 @@ from ..training.checkpoints import checkpoints
 from .comparison import Job
 from .evaluation import evaluate
 from .experiment import LOG, SETTINGS
+from .prompts import parse_prompt
 from .runs import run
 from .trained import open_run
 
@@ -58,7 +59,8 @@ def run_jobs(
         ray: address of a Ray cluster, "local" for this machine; None to do without.
 
     Raises:
-        MissingExtraError: Ray is not installed. TrainingError: a run was stopped by a signal.
+        MissingExtraError: Ray is not installed, or, before any job begins, what the prompt of one needs.
+        TrainingError: a run was stopped by a signal.
         InputError: another process is at work in the folder, or it is of another comparison.
     """
     lock = FileLock(Path(folder) / LOCK)
@@ -67,6 +69,9 @@ def run_jobs(
     except Timeout:
         raise InputError(f"Another process is at work in {folder}; wait for it, or use another folder.") from None
     with lock:
+        left = [job for job in jobs if not (Path(folder) / job.folder / DESCRIPTION).is_file()]
+        for setting in dict.fromkeys(one.prompt for job in left for one in job.evaluations):
+            parse_prompt(setting)
         yield from _outcomes(jobs, Path(folder), processes, threads, ray)
 
 
