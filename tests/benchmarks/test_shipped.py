@@ -58,6 +58,7 @@ def test_an_exported_model_is_small_whole_and_answers_as_the_run_rounded_to_bflo
     assert re.search(r"after being trained on .* \(`log-before-1.json`\), and then on .* \(`log-before-2.json`\)", card)
     assert (folder / "log-before-2.json").read_bytes() == (trained / "log.json").read_bytes()
     assert "| qa1 | 0k | 50.0 (25.0 to 75.0) | 8 |" in card
+    assert not [p for p in folder.iterdir() if str(trained).encode() in p.read_bytes()]
 
 
 def test_what_is_not_exported(trained, tmp_path, monkeypatch):

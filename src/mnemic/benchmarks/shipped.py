@@ -75,6 +75,8 @@ def export(
     if not (run / LOG).is_file():
         raise InputError(f"{run} holds no finished run; train it to its end first.")
     model = load(run).to(torch.bfloat16)
+    # Where it was trained means nothing where it is used.
+    model.config._name_or_path = target.name
     room = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(room, ignore_errors=True)
     try:
