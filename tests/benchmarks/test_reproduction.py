@@ -150,6 +150,13 @@ def test_claims_are_of_the_tasks_that_were_measured():
     assert "| LM2 over Llama-3.2 (here: the host alone) | +86.3% | – |" in said
     assert "| qa1 at 1K: LM2 / RMT / host | 85.0 / 35.0 / 31.0 | 90.0 / 60.0 / 50.0 |" in said
     assert "| qa1 at 2K: LM2 / RMT / host | 58.0 / 44.0 / 25.0 | – / – / – |" in said
+    assert "| LM2 with its equations as printed against the one above | – | – |" in said
+    design = {
+        "tasks": ["mqar"],
+        "rows": {"4": {n: {"mqar": [m] * 3} for n, m in (("lm2", 0.8), ("lm2 as printed", 0.1))}},
+    }
+    said = claims({**found, "boards": {**found["boards"], "design": design}})
+    assert "| 10.0 against 80.0 (board design at 4) |" in said
     tasks = [f"qa{number}" for number in range(1, 11)]
     ten = {"1k": {"lm2": {task: [0.1 * at] * 3 for at, task in enumerate(tasks, 1)}}}
     said = claims({**found, "boards": {"main": {"tasks": tasks, "rows": ten}}}).splitlines()

@@ -20,7 +20,7 @@ def claims(found: Mapping[str, Any] | None) -> str:
         ["LM2 over RMT, 0K to 4K", "+37.1%", _margin(found, "rmt")],
         ["LM2 over Llama-3.2 (here: the host alone)", "+86.3%", _margin(found, "none")],
         *([f"{named} at {said}: LM2 / RMT / host", _printed(said, task), _ours(found, task, at)] for said, at in _AT),
-        ["LM2 with its equations as printed against the one above, 1K", "–", _variant(found, "lm2 as printed")],
+        ["LM2 with its equations as printed against the one above", "–", _variant(found, "lm2 as printed")],
         ["Memory in more blocks: lower perplexity", "1 of 16 near the host; 16 clearly best", _blocks(found)],
         ["Ordinary text: LM2's perplexity against the host's, equally large", "–", _text(found)],
         ["MMLU: LM2 / RMT / host", "29.4 / 26.5 / 28.0", _SMALL if found is not None else _NONE],
@@ -66,10 +66,15 @@ def _margin(found: Mapping[str, Any] | None, other: str) -> str:
 
 
 def _variant(found: Mapping[str, Any] | None, entry: str) -> str:
+    """The entry's score against LM2's on the first board that has both, at 1k where it is measured."""
     if found is None:
         return _NONE
-    models = found["boards"][found["main"]]["rows"].get("1k", {})
-    return f"{_score(models.get(entry), None)} against {_score(models.get('lm2'), None)}"
+    for name, board in found["boards"].items():
+        for length in sorted(board["rows"], key=lambda one: one != "1k"):
+            models = board["rows"][length]
+            if {entry, "lm2"} <= models.keys():
+                return f"{_score(models[entry], None)} against {_score(models['lm2'], None)} (board {name} at {length})"
+    return "–"
 
 
 def _blocks(found: Mapping[str, Any] | None) -> str:
