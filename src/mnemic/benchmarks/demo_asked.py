@@ -1,7 +1,7 @@
 """The first part of the demonstration: a model that comes with the package is asked about streams of any length."""
 
 import time
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -55,13 +55,14 @@ def ask_shipped(
             head, justify="left" if head in ("task", "first question", "answer", "right answer") else "right"
         )
     started, found, pace = time.perf_counter(), [], 0.0
-    for length in lengths:
-        for task in one.tasks:
+    with console.status("Opening the samples ...") as status:
+        for length, task in product(lengths, one.tasks):
             samples = list(islice(open_babilong(task, length, one.tokenizer, "test", seed=1), QUESTIONS))
             ids = [one.tokenizer(prompt(sample), verbose=False)["input_ids"] for sample in samples]
             tokens = sum(map(len, ids))
             if time.perf_counter() - started + pace * tokens > seconds:
                 continue
+            status.update(f"Reading {tokens:,} words in {QUESTIONS} streams ...")
             found.append({"task": task, "length": length, **_ask(model, one.tokenizer, task, samples, ids)})
             pace = found[-1]["seconds"] / tokens
             row = {**found[-1], "right": f"{found[-1]['right']} of {found[-1]['asked']}"}
