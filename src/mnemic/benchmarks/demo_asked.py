@@ -63,8 +63,9 @@ def ask_shipped(
             if time.perf_counter() - started + pace * tokens > seconds:
                 continue
             status.update(f"Reading {tokens:,} words in {QUESTIONS} streams ...")
+            begun = time.perf_counter()
             found.append({"task": task, "length": length, **_ask(model, one.tokenizer, task, samples, ids)})
-            pace = found[-1]["seconds"] / tokens
+            pace = (time.perf_counter() - begun) / tokens
             row = {**found[-1], "right": f"{found[-1]['right']} of {found[-1]['asked']}"}
             table.add_row(*(f"{row[k]:,}" if isinstance(row[k], int) else str(row[k]) for k in _SHOWN))
     console.print(table)
