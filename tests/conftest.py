@@ -4,5 +4,3 @@ import os
 
 # Some virtual machines announce AMX and kill the process that uses it; read when torch is first imported.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-# On some CPUs sums of MKL depend on where in memory a tensor lies, unless told otherwise; tests compare bit for bit.
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")

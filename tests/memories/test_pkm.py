@@ -113,6 +113,7 @@ def test_padding_changes_neither_outputs_nor_statistics():
     alone = twin.feed_forward(x[real][None], double, Step.alone(twin, 1, training=True))
     torch.testing.assert_close(out[real], alone[0], rtol=0, atol=1e-12)
     for name, buffer in memory.named_buffers():
+        # A bit of float64: the queries of 12 rows and of 10 come from products of two shapes.
         torch.testing.assert_close(buffer, dict(twin.named_buffers())[name], rtol=0, atol=1e-15)
 
 

@@ -93,7 +93,7 @@ def read_file(
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: _own(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise FileFormatError(f"{path} is damaged or no safetensors file ({error}); {expected}.") from error
     return _checked(str(path), kind, metadata, tensors), tensors
@@ -110,7 +110,7 @@ def from_bytes(
     if len(data) > max_bytes:
         raise FileFormatError(f"{what} has {len(data):,} bytes, more than the limit of {max_bytes:,}.")
     try:
-        tensors = load_bytes(data)
+        tensors = {name: _own(tensor) for name, tensor in load_bytes(data).items()}
         # The library hands out tensors alone; it has checked the length that comes first.
         described = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = described.get("__metadata__") or {}
@@ -119,6 +119,15 @@ def from_bytes(
             f"{what} is damaged or not in the safetensors format ({error}); expected a mnemic {kind}."
         ) from error
     return _checked(what, kind, metadata, tensors), tensors
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor in memory that PyTorch allocated, on which what is computed does not depend on the file.
+
+    The library's tensors lie in the file's mapping (or in its bytes) at whatever offset they have there, and on some
+    CPUs MKL's sums depend in their last bit on the alignment of what is added.
+    """
+    return tensor.clone() if tensor.device.type == "cpu" else tensor
 
 
 def _packed(
