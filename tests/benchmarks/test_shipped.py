@@ -13,6 +13,7 @@ from mnemic.benchmarks.experiment import Experiment
 from mnemic.benchmarks.runs import run
 from mnemic.benchmarks.trained import open_run
 from mnemic.core.errors import DataError, UnknownNameError, UnsupportedError
+from mnemic.serving.chat import ChatTemplate
 
 SETTINGS = {
     "host_options": {
@@ -60,6 +61,16 @@ def test_an_exported_model_is_small_whole_and_answers_as_the_run_rounded_to_bflo
     assert (folder / "log-before-2.json").read_bytes() == (trained / "log.json").read_bytes()
     assert "| qa1 | 0k | 50.0 (25.0 to 75.0) | 8 |" in card
     assert not [p for p in folder.iterdir() if str(trained).encode() in p.read_bytes()]
+
+
+def test_a_conversation_with_it_has_words_that_it_knows(models):
+    tokenizer = shipped.open_shipped(demo_asked.NAME).tokenizer
+    template = ChatTemplate(tokenizer)
+    told = [{"role": "user", "content": "Mary went to the garden."}]
+    asked = [{"role": "user", "content": "Where is Mary?"}]
+    assert tokenizer.decode(template.first(told + asked)) == "Mary went to the garden . Where is Mary ?"
+    assert tokenizer.decode(template.following(asked)) == "Where is Mary ?"
+    assert template.closing == [tokenizer.eos_token_id]
 
 
 def test_what_is_not_exported(trained, tmp_path, monkeypatch):

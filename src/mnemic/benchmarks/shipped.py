@@ -18,7 +18,7 @@ from ..hosts import load, save
 from ..hosts.saving import HEADER
 from ..training.tokenizer import find_tokenizer
 from . import results
-from .experiment import LOG, SETTINGS
+from .experiment import LOG, SETTINGS, Experiment
 from .jobs import DESCRIPTION, answers
 from .reproduction.recipe import Recipe
 from .trained import Trained, check_folder, open_run
@@ -28,6 +28,12 @@ MODELS = Path(__file__).parents[1] / "models"
 CARD = "README.md"
 MOST_BYTES = 10_000_000
 """What a shipped model may take, all of its files."""
+
+TURNS = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+)
+"""Chat template of models of stories, which know no words for who speaks: texts and answers follow each other."""
 
 
 def shipped() -> list[str]:
@@ -74,14 +80,16 @@ def export(
         raise InputError(f"{target} exists; name a new folder for the exported model.")
     if not (run / LOG).is_file():
         raise InputError(f"{run} holds no finished run; train it to its end first.")
-    model = load(run).to(torch.bfloat16)
+    model, tokenizer = load(run).to(torch.bfloat16), find_tokenizer(run, None)
+    if (run / SETTINGS).is_file() and Experiment.read(run / SETTINGS).on_stories:
+        tokenizer.chat_template = TURNS
     # Where it was trained means nothing where it is used.
     model.config._name_or_path = target.name
     room = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(room, ignore_errors=True)
     try:
         save(model, room, whole=True)
-        find_tokenizer(run, None).save_pretrained(room)
+        tokenizer.save_pretrained(room)
         for name in (SETTINGS, LOG):
             shutil.copyfile(run / name, room / name)
         for number, earlier in enumerate(before, 1):
@@ -147,7 +155,8 @@ def _card(folder: Path, title: str, scores: list[Mapping[str, Any]], begun_on: i
             f"training logged in `{LOG}`. Weights are rounded to bfloat16 and read in float32.",
             "",
             "It answers questions of bAbI and BABILong in the words of its vocabulary, and nothing else. Stories "
-            "and background of the tests are of a split that was not trained on.",
+            "and background of the tests are of a split that was not trained on. Commands that take a model take it by "
+            "its name.",
             "",
             "Accuracy in percent with 95% interval, official rule:",
             "",

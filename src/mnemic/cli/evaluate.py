@@ -49,6 +49,7 @@ def evaluate(
     \b
     Examples:
       mnemic eval runs/lm2
+      mnemic eval lm2-babilong --lengths 2k,16k --samples 20 -o scores
       mnemic eval runs/lm2 runs/rmt --tasks qa1,qa2 --lengths 0k,1k,8k --seeds 1,2 --samples 400 -o scores
       mnemic eval runs/recall --lengths 2,4,8,16
       mnemic eval runs/none --tasks qa1 --lengths 4k --prompt bm25:480
@@ -61,7 +62,7 @@ def evaluate(
     """
     from ..benchmarks.trained import check_folder
     from ..core.errors import ConfigError, InputError
-    from ._shared import quiet
+    from ._shared import check_output, is_shipped, quiet
 
     quiet()
     if listed:
@@ -70,7 +71,9 @@ def evaluate(
     if not folders:
         raise InputError("No run to evaluate: name folders that mnemic train wrote.")
     for folder in folders:
-        check_folder(folder)
+        check_output(folder, output)
+        if not is_shipped(folder):
+            check_folder(folder)
     if threads is not None:
         import torch
 
@@ -102,9 +105,8 @@ def _evaluate(folders: list[Path], given: dict[str, Any], output: Path | None) -
     from ..benchmarks import results
     from ..benchmarks.evaluation import evaluate as answer
     from ..benchmarks.report import check_plots, print_report, write_report
-    from ..benchmarks.trained import open_run
     from ..core.errors import InputError
-    from ._shared import console
+    from ._shared import console, open_trained
 
     check_plots()
     names = [folder.resolve().name for folder in folders]
@@ -114,7 +116,7 @@ def _evaluate(folders: list[Path], given: dict[str, Any], output: Path | None) -
         raise InputError("Several runs share a report: say where with --output DIR.")
     evaluated, models, settings = [], [], {}
     for folder, name in zip(folders, names, strict=True):
-        trained = open_run(folder)
+        trained = open_trained(folder)
         evaluation = _evaluation(given, trained)
         cells = evaluation.cells(trained.tokenizer, trained.unit, trained.sizes)
         identity = evaluation.identity(trained.model)

@@ -20,17 +20,16 @@ def evaluate_held_out(
     import mnemic
 
     from ..benchmarks.held_out import evaluate_text, summarise
-    from ..benchmarks.trained import open_run
     from ..core.errors import InputError
     from ..core.files import replace_atomically
     from ..hosts import base_model
     from ..hosts.saving import describe
-    from ._shared import numbers
+    from ._shared import numbers, open_trained
 
     if len(folders) > 1 or len(numbers(seeds, "--seeds")) > 1:
         raise InputError("Held-out text is measured of one run with one seed at a time.")
     folder = folders[0]
-    trained = open_run(folder)
+    trained = open_trained(folder)
     settings = {
         "run": folder.name, "task": "text", "samples": samples, "batch_size": batch_size,
         "seed": numbers(seeds, "--seeds")[0],

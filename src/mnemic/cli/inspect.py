@@ -12,7 +12,10 @@ TOKENS = 1024
 
 def inspect(
     folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder that mnemic train or mnemic.save wrote.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RUN", help="Written by mnemic train or mnemic.save; or lm2-babilong.", show_default=False
+        ),
     ],
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text to read; its last 8 tokens are the answer.")
@@ -42,6 +45,7 @@ def inspect(
 
     \b
     Examples:
+      mnemic inspect lm2-babilong -o lm2.html
       mnemic inspect runs/lm2
       mnemic inspect runs/lm2 --task qa1 --length 1k --figures figures -o lm2.html
       mnemic inspect runs/lm2 --text story.txt --reports slots,read_maps
@@ -56,17 +60,18 @@ def inspect(
     from ..analysis.page import drawings, inspection_page
     from ..analysis.reports import applying, require
     from ..benchmarks.facts import fact_curve
-    from ..benchmarks.trained import open_run
     from ..core.errors import InputError
     from ..core.files import replace_atomically
     from ..hosts import base_model
-    from ._shared import quiet, words
+    from ._shared import check_output, open_trained, quiet, words
 
     quiet()
     if text is not None and (task is not None or length is not None):
         raise InputError("Give a text or a task, not both.")
     check_plots()
-    trained = open_run(folder)
+    if not listed:
+        check_output(folder, output)
+    trained = open_trained(folder)
     memory = base_model(trained.model).memory
     if listed:
         return _list(memory)

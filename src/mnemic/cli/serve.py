@@ -11,7 +11,7 @@ import typer
 
 def serve(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Saved by mnemic; or any host, with --memory.")
+        str | None, typer.Argument(metavar="MODEL", help="Saved by mnemic; lm2-babilong; or any host, with --memory.")
     ] = None,
     memory: Annotated[str | None, typer.Option(metavar="NAME", help="Attach this memory to the host MODEL.")] = None,
     segment: Annotated[int | None, typer.Option(metavar="N", min=1, help="With --memory: tokens of a segment.")] = None,
@@ -39,6 +39,7 @@ def serve(
 
     \b
     Examples:
+      mnemic serve lm2-babilong
       mnemic serve runs/lm2
       mnemic serve path/to/host --memory lm2 --segment 512 --store /var/lib/mnemic
       mnemic serve runs/lm2 --config server.toml --host 0.0.0.0

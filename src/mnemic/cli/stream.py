@@ -13,7 +13,9 @@ HELP = "A line is asked. /save FILE  /load FILE  /reset  /stats  /quit"
 
 
 def stream(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Saved by mnemic; or any host, with --memory.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Saved by mnemic; lm2-babilong; or any host, with --memory.")
+    ],
     memory: Annotated[str | None, typer.Option(metavar="NAME", help="Attach this memory to the host MODEL.")] = None,
     segment: Annotated[int | None, typer.Option(metavar="N", min=1, help="With --memory: tokens of a segment.")] = None,
     load: Annotated[Path | None, typer.Option(metavar="FILE", help="Go on from a saved stream.")] = None,
@@ -33,6 +35,7 @@ def stream(
     \b
     Examples:
       cat book.txt | mnemic stream runs/lm2 --save book.mnemic
+      mnemic stream lm2-babilong --feed story.txt --ask "Where is Mary? "
       mnemic stream runs/lm2 --load book.mnemic --ask "Where is Mary?" < /dev/null
       mnemic stream runs/lm2 --feed a.txt --feed b.txt
       mnemic stream path/to/host --memory lm2 --segment 512
@@ -100,17 +103,19 @@ def pieces(file: TextIO) -> Iterator[str]:
 def open_model(model: str, memory: str | None, segment: int | None) -> Any:
     import mnemic
 
+    from ..benchmarks.shipped import open_shipped
     from ..benchmarks.trained import check_folder
     from ..core.errors import ConfigError
     from ..hosts.saving import ADAPTER, HEADER
-    from ._shared import host_config, placed
+    from ._shared import host_config, is_shipped, placed
 
-    saved = any((Path(model) / name).is_file() for name in (ADAPTER, HEADER))
+    saved = is_shipped(model) or any((Path(model) / name).is_file() for name in (ADAPTER, HEADER))
     if memory is None:
         if segment is not None:
             raise ConfigError("--segment goes with --memory; a saved model keeps its own.")
-        check_folder(Path(model))
-        attached = mnemic.load(model)
+        if not is_shipped(model):
+            check_folder(Path(model))
+        attached = open_shipped(model).model if is_shipped(model) else mnemic.load(model)
     elif saved:
         raise ConfigError(f"{model} has a memory already; leave --memory out.")
     else:
@@ -121,12 +126,15 @@ def open_model(model: str, memory: str | None, segment: int | None) -> Any:
 
 
 def tokenizer_for(model: str, attached: Any, given: str | None) -> Any:
+    from ..benchmarks.shipped import MODELS
     from ..hosts import base_model
     from ..training.tokenizer import find_tokenizer
+    from ._shared import is_shipped
 
     if given is not None:
         return find_tokenizer(given)
-    return find_tokenizer(model, getattr(base_model(attached).config, "_name_or_path", None))
+    place = MODELS / model if is_shipped(model) else model
+    return find_tokenizer(place, getattr(base_model(attached).config, "_name_or_path", None))
 
 
 def _feed(running: Any, file: TextIO, name: str) -> bool:
