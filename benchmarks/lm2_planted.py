@@ -11,7 +11,8 @@ One segment says where four people went, between sentences of background; then e
   blocks), and with those that the name of another question does;
 - wrote, read: by block, name and slot, means over samples, for the figure.
 
-RUN is a folder of `mnemic train` (memory lm2, one bank) whose words are those of BABILong.
+RUN is a folder of `mnemic train` (memory lm2, one bank) whose words are those of BABILong, or lm2-babilong, the model
+that comes with the package.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from torch import Tensor
 from mnemic.analysis import capture, slot_report
 from mnemic.analysis.importance import without
 from mnemic.benchmarks.babi import ACTORS
-from mnemic.benchmarks.trained import open_run
+from mnemic.benchmarks.shipped import open_trained
 from mnemic.core.files import replace_atomically
 from mnemic.hosts import base_model
 
@@ -38,7 +39,7 @@ HELD = 4
 
 @torch.no_grad()
 def planted(run: str | Path, *, rows: int, seed: int = 1) -> dict[str, Any]:
-    trained = open_run(run)
+    trained = open_trained(run)
     model, tokenizer = base_model(trained.model).eval(), trained.tokenizer
     first, places, _ = texts(tokenizer, model.mnemic.layout.segment, rows, seed)
     names = [tokenizer.convert_tokens_to_ids(who) for who in ACTORS]

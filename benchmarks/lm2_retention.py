@@ -12,7 +12,7 @@ The first segment says where four people went, between sentences of background; 
 
 Beside the accuracy: the cosine of the bank with that after the first segment, its norm over that one's, and the gates'
 means while background is read. RUN is a folder of `mnemic train` (memory lm2, one bank or several) whose words are
-those of BABILong.
+those of BABILong, or lm2-babilong, the model that comes with the package.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mnemic.benchmarks.babi import ACTORS, PLACES
 from mnemic.benchmarks.babi.words import MOVE_VERBS
 from mnemic.benchmarks.background import named
 from mnemic.benchmarks.haystack import Haystack, Reader
-from mnemic.benchmarks.trained import open_run
+from mnemic.benchmarks.shipped import open_trained
 from mnemic.core.files import replace_atomically
 from mnemic.hosts import base_model
 
@@ -72,7 +72,7 @@ def texts(tokenizer: Any, segment: int, rows: int, seed: int) -> tuple[Tensor, l
 
 @torch.no_grad()
 def retention(run: str | Path, *, rows: int, seed: int = 1) -> dict[str, Any]:
-    trained = open_run(run)
+    trained = open_trained(run)
     model, tokenizer = base_model(trained.model).eval(), trained.tokenizer
     memory, segment = model.memory, model.mnemic.layout.segment
     first, places, haystack = texts(tokenizer, segment, rows, seed)

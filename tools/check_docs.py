@@ -33,6 +33,8 @@ GENERATED = {
                 "lm2_main",
                 "lm2_margins",
                 "lm2_design",
+                "lm2_tasks",
+                "lm2_tasks_margins",
                 "lm2_blocks",
                 "lm2_changes",
                 "lm2_bind",

@@ -141,13 +141,15 @@ def test_claims_are_of_the_tasks_that_were_measured():
     assert "| qa1 at 1K: LM2 / RMT / host | 85.0 / 35.0 / 31.0 | not run yet |" in claims(None)
     rows = {"1k": {name: {"qa1": [mean, mean, mean]} for name, mean in (("lm2", 0.9), ("rmt", 0.6), ("none", 0.5))}}
     found = {"main": "main", "boards": {"main": {"tasks": ["qa1"], "rows": rows}}, "text": {}, "text_changes": []}
+    found["besides"] = {}
     found["margins"] = {
         "rmt": {"all": {"ratio_of_means": 50.0, "mean_of_ratios": 51.0}, "interval": [40.0, 60.0]},
         "none": {"all": None, "interval": None},
     }
     said = claims(found).splitlines()
-    assert "| LM2 over RMT, 0K to 4K | +37.1% | +50.0% (+40.0 to +60.0; +51.0% as the mean of ratios) |" in said
-    assert "| LM2 over Llama-3.2 (here: the host alone) | +86.3% | – |" in said
+    margin = "+50.0% (+40.0 to +60.0; +51.0% as the mean of ratios)"
+    assert f"| qa1, 0K to 4K: LM2 over RMT | +53.2%, from its table | {margin} |" in said
+    assert "| qa1, 0K to 4K: LM2 over Llama-3.2 (here: the host alone) | +57.4%, from its table | – |" in said
     assert "| qa1 at 1K: LM2 / RMT / host | 85.0 / 35.0 / 31.0 | 90.0 / 60.0 / 50.0 |" in said
     assert "| qa1 at 2K: LM2 / RMT / host | 58.0 / 44.0 / 25.0 | – / – / – |" in said
     assert "| LM2 with its equations as printed against the one above | – | – |" in said
@@ -160,7 +162,15 @@ def test_claims_are_of_the_tasks_that_were_measured():
     tasks = [f"qa{number}" for number in range(1, 11)]
     ten = {"1k": {"lm2": {task: [0.1 * at] * 3 for at, task in enumerate(tasks, 1)}}}
     said = claims({**found, "boards": {"main": {"tasks": tasks, "rows": ten}}}).splitlines()
-    assert "| mean of qa1 to qa10 at 1K: LM2 / RMT / host | 78.3 / 47.9 / 50.6 | 55.0 / – / – |" in said
+    mean = "| mean of qa1 to qa10 at 1K: LM2 / RMT / host | 78.3 / 47.9 / 50.6 | 55.0 / – / – |"
+    assert mean in said
+    assert not [line for line in said if "qa1 at 1K" in line]
+    boards = {**found["boards"], "tasks": {"tasks": tasks, "rows": ten}}
+    said = claims({**found, "boards": boards, "besides": {"tasks": {"rmt": found["margins"]["rmt"]}}}).splitlines()
+    assert mean in said
+    assert "| qa1 at 1K: LM2 / RMT / host | 85.0 / 35.0 / 31.0 | 90.0 / 60.0 / 50.0 |" in said
+    over = "mean of qa1 to qa10, 0K to 4K: LM2 over RMT"
+    assert f"| {over} | +37.1% | {margin} |" in said
 
 
 @pytest.mark.parametrize("scale", reproduction.SCALES)

@@ -41,6 +41,16 @@ def shipped() -> list[str]:
     return sorted(p.parent.name for p in MODELS.glob(f"*/{HEADER}"))
 
 
+def is_shipped(name: str | Path) -> bool:
+    """Whether this names a model that comes with the package; a file or folder of that name goes before."""
+    return not Path(name).exists() and str(name) in shipped()
+
+
+def open_trained(name: str | Path) -> Trained:
+    """The run in the folder of that name (see `open_run`), or the model of that name that comes with the package."""
+    return open_shipped(str(name)) if is_shipped(name) else open_run(name)
+
+
 def open_shipped(name: str) -> Trained:
     """
     Raises:

@@ -60,23 +60,9 @@ def _value(pair: str, text: str) -> Any:
     return parsed["value"]
 
 
-def is_shipped(name: str | Path) -> bool:
-    """Whether this names a model that comes with the package; a folder of that name goes before."""
-    from ..benchmarks.shipped import shipped
-
-    return not Path(name).exists() and str(name) in shipped()
-
-
-def open_trained(name: str | Path) -> Any:
-    """The run in the folder of that name, or the model that comes with the package, as `benchmarks.trained.Trained`."""
-    from ..benchmarks.shipped import open_shipped
-    from ..benchmarks.trained import open_run
-
-    return open_shipped(str(name)) if is_shipped(name) else open_run(name)
-
-
 def check_output(name: str | Path, output: Path | None) -> None:
     """Raises `InputError` where a command would write beside a model that comes with the package."""
+    from ..benchmarks.shipped import is_shipped
     from ..core.errors import InputError
 
     if output is None and is_shipped(name):

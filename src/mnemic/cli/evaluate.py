@@ -60,9 +60,10 @@ def evaluate(
     Reads:   RUN (model, tokenizer, experiment.toml); DIR, if given: the data sets, or what mnemic prepare wrote.
     Writes:  MODEL.jsonl (every answer), report.json, report.csv, report.html, costs.json; text: results-text.json.
     """
+    from ..benchmarks.shipped import is_shipped
     from ..benchmarks.trained import check_folder
     from ..core.errors import ConfigError, InputError
-    from ._shared import check_output, is_shipped, quiet
+    from ._shared import check_output, quiet
 
     quiet()
     if listed:
@@ -105,8 +106,9 @@ def _evaluate(folders: list[Path], given: dict[str, Any], output: Path | None) -
     from ..benchmarks import results
     from ..benchmarks.evaluation import evaluate as answer
     from ..benchmarks.report import check_plots, print_report, write_report
+    from ..benchmarks.shipped import open_trained
     from ..core.errors import InputError
-    from ._shared import console, open_trained
+    from ._shared import console
 
     check_plots()
     names = [folder.resolve().name for folder in folders]

@@ -20,11 +20,12 @@ def evaluate_held_out(
     import mnemic
 
     from ..benchmarks.held_out import evaluate_text, summarise
+    from ..benchmarks.shipped import open_trained
     from ..core.errors import InputError
     from ..core.files import replace_atomically
     from ..hosts import base_model
     from ..hosts.saving import describe
-    from ._shared import numbers, open_trained
+    from ._shared import numbers
 
     if len(folders) > 1 or len(numbers(seeds, "--seeds")) > 1:
         raise InputError("Held-out text is measured of one run with one seed at a time.")

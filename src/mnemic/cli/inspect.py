@@ -60,10 +60,11 @@ def inspect(
     from ..analysis.page import drawings, inspection_page
     from ..analysis.reports import applying, require
     from ..benchmarks.facts import fact_curve
+    from ..benchmarks.shipped import open_trained
     from ..core.errors import InputError
     from ..core.files import replace_atomically
     from ..hosts import base_model
-    from ._shared import check_output, open_trained, quiet, words
+    from ._shared import check_output, quiet, words
 
     quiet()
     if text is not None and (task is not None or length is not None):

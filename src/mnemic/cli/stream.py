@@ -103,11 +103,11 @@ def pieces(file: TextIO) -> Iterator[str]:
 def open_model(model: str, memory: str | None, segment: int | None) -> Any:
     import mnemic
 
-    from ..benchmarks.shipped import open_shipped
+    from ..benchmarks.shipped import is_shipped, open_shipped
     from ..benchmarks.trained import check_folder
     from ..core.errors import ConfigError
     from ..hosts.saving import ADAPTER, HEADER
-    from ._shared import host_config, is_shipped, placed
+    from ._shared import host_config, placed
 
     saved = is_shipped(model) or any((Path(model) / name).is_file() for name in (ADAPTER, HEADER))
     if memory is None:
@@ -126,10 +126,9 @@ def open_model(model: str, memory: str | None, segment: int | None) -> Any:
 
 
 def tokenizer_for(model: str, attached: Any, given: str | None) -> Any:
-    from ..benchmarks.shipped import MODELS
+    from ..benchmarks.shipped import MODELS, is_shipped
     from ..hosts import base_model
     from ..training.tokenizer import find_tokenizer
-    from ._shared import is_shipped
 
     if given is not None:
         return find_tokenizer(given)

@@ -5,6 +5,7 @@ A recipe is a file of `mnemic compare` with one table more, `[reproduction]`:
     main = "main"                     # the board of the main table
     model, others = "lm2", ["rmt"]    # margins are of this entry over those
     compared = ["0k", "1k"]           # lengths over which they are taken
+    besides = ["tasks"]               # boards whose margins are taken as well
     curves = ["blocks"]               # boards whose training loss is drawn against tokens
     ship, ship_board = "lm2", "main"  # the entry and board (or the main one) whose best model is exported
     gpu = true                        # too much for a CPU: there it is counted, and not run
@@ -22,7 +23,7 @@ from ..comparison import Comparison
 SYSTEMS = ("lm2",)
 SCALES = ("smoke", "cpu", "gpu")
 _FOLDER = Path(__file__).parent
-_KEYS = ("main", "model", "others", "compared", "curves", "ship", "ship_board", "gpu")
+_KEYS = ("main", "model", "others", "compared", "besides", "curves", "ship", "ship_board", "gpu")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Recipe:
     model: str
     others: tuple[str, ...]
     compared: tuple[str, ...]
+    besides: tuple[str, ...]
     curves: tuple[str, ...]
     ship: str | None
     ship_board: str
@@ -76,15 +78,17 @@ def parse(text: str) -> Recipe:
     comparison = Comparison.from_dict(values)
     boards = {job.board for job in comparison.jobs}
     ship_board = told.get("ship_board", told["main"])
-    for board in (told["main"], *told.get("curves", ()), ship_board):
+    besides = told.get("besides", ())
+    for board in (told["main"], *besides, *told.get("curves", ()), ship_board):
         if board not in boards:
             raise UnknownNameError.of("board of [reproduction]", board, boards)
     shipped = [(told["ship"], ship_board)] if "ship" in told else []
-    for entry, board in (*((entry, told["main"]) for entry in (told["model"], *told["others"])), *shipped):
+    compared = [(entry, board) for board in (told["main"], *besides) for entry in (told["model"], *told["others"])]
+    for entry, board in (*compared, *shipped):
         entries = {job.entry for job in comparison.jobs if job.board == board}
         if entry not in entries:
             raise UnknownNameError.of(f"entry of board {board}", entry, entries)
     return Recipe(
         comparison, told["main"], told["model"], tuple(told["others"]), tuple(told["compared"]),
-        tuple(told.get("curves", ())), told.get("ship"), ship_board, told.get("gpu", False), text,
+        tuple(besides), tuple(told.get("curves", ())), told.get("ship"), ship_board, told.get("gpu", False), text,
     )  # fmt: skip

@@ -30,8 +30,8 @@ def findings(recipe: Recipe, folder: str | Path, outcomes: Sequence[Outcome]) ->
     Returns: "boards": name -> {"tasks", "rows": length -> model -> task -> [mean, low, high]}, ranges being those of
         the training seeds, or the 95% interval of a single run; "text": board -> held-out perplexities;
         "text_changes": see `text_changes`; "margins": other -> "all": of the means over the training seeds, "interval":
-        see `margin_interval`, "seeds": of each; "curves": board -> entry -> [tokens, perplexity]; "models", "settings",
-        "scale", "environment".
+        see `margin_interval`, "seeds": of each; "besides": board -> its margins; "curves": board -> entry ->
+        [tokens, perplexity]; "models", "settings", "scale", "environment".
     """
     folder = Path(folder)
     results, _ = leaderboard(recipe.comparison, folder, outcomes)
@@ -47,7 +47,10 @@ def findings(recipe: Recipe, folder: str | Path, outcomes: Sequence[Outcome]) ->
         "boards": {name: table.as_json() for name, table in boards.items()},
         "text": text,
         "text_changes": text_changes(folder, outcomes),
-        "margins": _margins(recipe, folder, outcomes, results, scores.get(recipe.main, [])),
+        "margins": _margins(recipe, recipe.main, folder, outcomes, results, scores.get(recipe.main, [])),
+        "besides": {
+            name: _margins(recipe, name, folder, outcomes, results, scores.get(name, [])) for name in recipe.besides
+        },
         "curves": {name: _curves(recipe, folder, outcomes, name) for name in recipe.curves},
         "models": results["models"],
         "settings": results["settings"],
@@ -72,11 +75,11 @@ def _by_board(
 
 
 def _margins(
-    recipe: Recipe, folder: Path, outcomes: Sequence[Outcome], results: Mapping[str, Any],
+    recipe: Recipe, board: str, folder: Path, outcomes: Sequence[Outcome], results: Mapping[str, Any],
     scores: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    """By other entry: of the means over training seeds, its interval, and of each training seed."""
-    done = [one.job for one in outcomes if one.refused is None and one.job.board == recipe.main]
+    """Of a board, by other entry: of the means over training seeds, its interval, and of each training seed."""
+    done = [one.job for one in outcomes if one.refused is None and one.job.board == board]
 
     def one(other: str, some: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
         averages = layout({**results, "scores": some}).averages() if some else {}
@@ -141,7 +144,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     for name in order:
         parts.append(f"## {name}\n\n{board_table(found['boards'][name])}\n")
         if name == found["main"]:
-            parts.append(f"{margin_table(found)}\n")
+            parts.append(f"{margin_table(found['margins'])}\n")
+        if name in found["besides"]:
+            parts.append(f"{margin_table(found['besides'][name])}\n")
     for name, rows in found["text"].items():
         parts.append(f"## {name}: held-out text\n\n{text_table(rows)}\n")
     if found["text_changes"]:
@@ -174,10 +179,10 @@ def _cell(score: Sequence[float] | None) -> str:
     return f"{100 * mean:.1f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def margin_table(found: Mapping[str, Any]) -> str:
+def margin_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """How much better the model is than each other entry, beside what the paper prints and what its table gives."""
     lines = []
-    for other, one in found["margins"].items():
+    for other, one in found.items():
         each = [m["ratio_of_means"] for m in one["seeds"].values() if m is not None]
         whole, interval = one["all"], one["interval"]
         lines.append(
