@@ -161,6 +161,21 @@ def test_states_of_different_memories_are_not_mixed(other):
         State.cat([])
 
 
+@pytest.mark.parametrize("name", ["archive", "rmt-1m/archive"])
+def test_what_grows_is_filled_up_with_zeros_where_rows_meet(name):
+    short, long = (State({name: torch.ones(2, n, 3), "count": torch.full((2,), n)}) for n in (1, 4))
+    both = State.cat([short, long])
+    assert both[name].shape == (4, 4, 3)
+    assert both[name].sum(dim=(1, 2)).tolist() == [3, 3, 12, 12]
+    assert both.select([2, 3]).equal(long)
+    for mixed in (short.put([1], long.select([0])), short.where(torch.tensor([False, True]), long)):
+        assert mixed[name].sum(dim=(1, 2)).tolist() == [3, 12]
+        assert mixed["count"].tolist() == [1, 4]
+    for other in (torch.ones(2, 4, 2), torch.ones(2, 4, 3, 1), torch.ones(2, 4, 3).double()):
+        with pytest.raises(StateError, match="different memories"):
+            State.cat([short, State({name: other, "count": torch.ones(2).long()})])
+
+
 def test_detach_cuts_all_rows_or_the_rows_of_a_mask():
     state = example(requires_grad=True)
     assert not state.detach()["bank"].requires_grad

@@ -216,6 +216,21 @@ def test_what_a_commit_costs_is_of_decoders_alone(monkeypatch):
         model(random_ids(2, 2 * SEGMENT))
 
 
+def test_streams_with_archives_of_several_lengths_are_saved_joined_and_go_on(tmp_path):
+    model = mnemic.attach(tiny_host(), "rmt-1m", segment=SEGMENT, num_tokens=MEMORY, retrieve=True).eval()
+    with torch.no_grad():
+        model.memory.value.normal_(generator=torch.Generator().manual_seed(0))
+    parts, after = [random_ids(1, n, seed=n) for n in (3, 20, 41)], random_ids(3, 13, seed=1)
+    streams = [model.stream().feed(part) for part in parts]
+    assert [s.state["archive"].shape[1] for s in streams] == [0, 2, 5]
+    streams[2].save(tmp_path / "long.mnemic")
+    streams[2] = model.stream(load=tmp_path / "long.mnemic")
+    logits = mnemic.Stream.cat(streams).feed(after, return_logits=True)
+    for i, part in enumerate(parts):
+        whole = model(torch.cat([part, after[i : i + 1]], dim=1)).logits[:, part.shape[1] :]
+        torch.testing.assert_close(logits[i : i + 1], whole, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{"num_tokens": 0}, {"cls_id": -1}, {"sep_id": 1.5}, {"retrieve": 1}, {"slots": 3}])
 def test_unusable_configurations_are_refused(options):
     host = tiny_encoder()

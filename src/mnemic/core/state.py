@@ -9,10 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .errors import StateError
 
 Rows = Tensor | Sequence[int]
+
+GROWING = "archive"
+"""A tensor of this name (in a stack "<memory>/archive") grows with what is read, along its second dimension. Rows that
+have less of it than others beside them have zeros behind it; how much of it counts is another tensor's to say."""
 
 
 class State(Mapping[str, Tensor]):
@@ -65,18 +70,18 @@ class State(Mapping[str, Tensor]):
 
     def put(self, rows: Rows, other: "State") -> "State":
         """This state with `rows` replaced by the rows of `other`."""
-        self._check_same(other)
-        return State({name: t.index_copy(0, _index(rows, t.device), other[name]) for name, t in self.items()})
+        mine, other = _levelled([self, other])
+        return State({name: t.index_copy(0, _index(rows, t.device), other[name]) for name, t in mine.items()})
 
     def where(self, rows: Tensor, other: "State") -> "State":
         """`other` in the rows where the boolean mask (B,) is set, this state elsewhere."""
-        self._check_same(other)
+        this, other = _levelled([self, other])
 
         def pick(name: str, mine: Tensor) -> Tensor:
             mask = rows.to(mine.device).view(-1, *[1] * (mine.dim() - 1))
             return torch.where(mask, other[name], mine)
 
-        return State({name: pick(name, t) for name, t in self.items()})
+        return State({name: pick(name, t) for name, t in this.items()})
 
     def detach(self, rows: Tensor | None = None) -> "State":
         """Cut from the autograd graph: every row, or those set in the boolean mask (B,)."""
@@ -104,15 +109,35 @@ class State(Mapping[str, Tensor]):
         """The rows of all states, one after another."""
         if not states:
             raise StateError("Nothing to concatenate: expected at least one state.")
-        for other in states[1:]:
-            states[0]._check_same(other)
-        return State({name: torch.cat([s[name] for s in states]) for name in states[0]})
+        level = _levelled(states)
+        return State({name: torch.cat([s[name] for s in level]) for name in states[0]})
 
     def _check_same(self, other: "State") -> None:
-        mine = {n: (tuple(t.shape[1:]), t.dtype) for n, t in self.items()}
-        theirs = {n: (tuple(t.shape[1:]), t.dtype) for n, t in other.items()}
+        mine, theirs = ({n: (_fixed(n, t), t.dtype) for n, t in state.items()} for state in (self, other))
         if mine != theirs:
             raise StateError(f"States of different memories cannot be mixed: {mine} against {theirs}.")
+
+
+def _grows(name: str) -> bool:
+    return name.rpartition("/")[2] == GROWING
+
+
+def _fixed(name: str, tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a row, without what grows."""
+    return tuple(tensor.shape[2 if _grows(name) else 1 :])
+
+
+def _levelled(states: Sequence[State]) -> Sequence[State]:
+    """States of one memory, what has grown as long in each of them. Raises `StateError` if they are of several."""
+    for other in states[1:]:
+        states[0]._check_same(other)
+    most = {name: max(s[name].shape[1] for s in states) for name in states[0] if _grows(name)}
+
+    def longer(name: str, tensor: Tensor) -> Tensor:
+        missing = most[name] - tensor.shape[1] if name in most else 0
+        return pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, missing]) if missing else tensor
+
+    return [State({name: longer(name, t) for name, t in s.items()}) for s in states] if most else states
 
 
 def _index(rows: Rows, device: torch.device) -> Tensor:
