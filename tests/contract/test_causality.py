@@ -6,6 +6,9 @@ import torch
 from tests.contract.cases import LENGTH, SEGMENT, attached, chunked, pairs, parallel, random_ids
 from tests.tiny import VOCABULARY
 
+ROUNDING = 4e-6
+"""A few bits of float32 logits: rows of one batch round apart, by how much depends on the CPU."""
+
 
 def _changed(ids, t):
     other = ids.clone()
@@ -22,7 +25,7 @@ def test_no_token_reaches_back(case, host):
     logits = parallel(model, batch).logits
     for row, t in enumerate(places, start=1):
         difference = (logits[row] - logits[0]).abs().amax(-1)
-        assert difference[:t].sum() <= t * 1e-6, f"token {t} changes logits at {difference[:t].nonzero().tolist()}"
+        assert difference[:t].sum() <= t * ROUNDING, f"token {t} changes logits at {difference[:t].nonzero().tolist()}"
         assert difference[t] > 1e-4
 
 
@@ -35,7 +38,7 @@ def test_no_token_reaches_back_through_a_cache(case, host):
     logits, _ = chunked(model, batch, [5, 1, 9, 8, 6])
     for row, t in enumerate(places, start=1):
         difference = (logits[row] - logits[0]).abs().amax(-1)
-        assert difference[:t].sum() <= t * 1e-6
+        assert difference[:t].sum() <= t * ROUNDING
         assert difference[t] > 1e-4
 
 
@@ -45,11 +48,11 @@ def test_the_past_beyond_the_segment_is_remembered(case, host):
     case.needs("memory across segments")
     model = attached(case, host)
     ids = random_ids(1, LENGTH)
-    logits = parallel(model, torch.cat([ids, _changed(ids, 3)])).logits
-    later = (logits[1] - logits[0])[2 * SEGMENT + 1 :].abs().max()
+    # One after the other: rows side by side round apart.
+    one, other = (parallel(model, x).logits[0] for x in (ids, _changed(ids, 3)))
+    later = (other - one)[2 * SEGMENT + 1 :].abs().max()
     if case.kind == "stateless":
-        # Rows side by side may round differently.
-        assert later == 0 if case.memory == "none" else later < 1e-6
+        assert later == 0
     elif case.segmented:
         assert later > 1e-5
 
