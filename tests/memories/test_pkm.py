@@ -112,7 +112,11 @@ def test_padding_changes_neither_outputs_nor_statistics():
     out = memory.feed_forward(x, double, Step.alone(memory, 1, training=True, real=real))
     alone = twin.feed_forward(x[real][None], double, Step.alone(twin, 1, training=True))
     torch.testing.assert_close(out[real], alone[0], rtol=0, atol=1e-12)
+    other, filled = build().train(), x.clone()
+    filled[1, 4:] = 7.0
+    other.feed_forward(filled, double, Step.alone(other, 1, training=True, real=real))
     for name, buffer in memory.named_buffers():
+        assert torch.equal(buffer, dict(other.named_buffers())[name])
         # A bit of float64: the queries of 12 rows and of 10 come from products of two shapes.
         torch.testing.assert_close(buffer, dict(twin.named_buffers())[name], rtol=0, atol=1e-15)
 

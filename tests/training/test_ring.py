@@ -16,9 +16,9 @@ def check(found: list[dict[str, dict[str, dict[str, float]]]], layout: str) -> N
         errors = process[layout]
         assert set(errors["causal-float32"]) == {"out", "dq", "dk", "dv"}
         for kind in ("causal", "full"):
-            assert max(errors[f"{kind}-float32"].values()) <= 4e-6
+            assert max(errors[f"{kind}-float32"].values()) <= 2e-6
             assert max(errors[f"{kind}-float64"].values()) <= 1e-13
-        assert max(errors["memory"].values()) <= 4e-6
+        assert max(errors["memory"].values()) <= 2e-6
         assert errors["model"]["loss"] <= 1e-6
         assert errors["model"]["gradients"] <= 1e-5
 
