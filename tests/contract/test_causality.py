@@ -48,7 +48,8 @@ def test_the_past_beyond_the_segment_is_remembered(case, host):
     one, other = (parallel(model, x).logits[0] for x in (ids, _changed(ids, 3)))
     later = (other - one)[2 * SEGMENT + 1 :].abs().max()
     if case.kind == "stateless":
-        assert later == 0
+        # Experts of a host multiply as many rows as come to them: shapes, and so the last bit, may differ.
+        assert later == 0 if case.memory == "none" else later < 1e-6
     elif case.segmented:
         assert later > 1e-5
 
